@@ -1,0 +1,23 @@
+"""zoo: language models to read, hack and run, with the attention's memory as a part you swap by name.
+
+    lm = zoo.load("smollm2-135m", attn="subgen")
+    print(lm.generate("Once upon a time"))
+"""
+
+from zoo.attention import ATTENTION, options
+from zoo.checkpoint import KNOWN
+from zoo.errors import ZooError
+from zoo.lm import LM, load
+
+
+def models() -> list[str]:
+    """Names that `load` knows; any hub id or folder of an implemented family works too."""
+    return sorted(KNOWN)
+
+
+def attentions() -> dict[str, dict[str, object]]:
+    """Attention method -> its options and their defaults."""
+    return {name: {key: default for key, (_, default) in options(method).items()} for name, method in ATTENTION.items()}
+
+
+__all__ = ["LM", "ZooError", "attentions", "load", "models"]

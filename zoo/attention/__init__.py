@@ -1,0 +1,51 @@
+"""Attention methods by name. One spelling everywhere: `name:option=value,option=value`, such as `subgen:budget=25%`."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+from zoo.attention.cache import Attention, Budget
+from zoo.attention.full import Full
+from zoo.attention.sliding import Sliding
+from zoo.attention.subgen import SubGen
+from zoo.errors import ZooError
+
+ATTENTION: dict[str, type[Attention]] = {"full": Full, "sliding": Sliding, "subgen": SubGen}
+
+
+def options(method: type[Attention]) -> dict[str, tuple[type, object]]:
+    """Option name -> (type, default) of a method."""
+    types = typing.get_type_hints(method)
+    return {f.name: (types[f.name], f.default) for f in dataclasses.fields(method)}
+
+
+def parse(spelling: str | Attention) -> Attention:
+    """`"sliding:window=4096"` -> Sliding(window=4096); an Attention is returned as it is. Raises ZooError for an unknown name or option, listing the
+    known ones, and for a value that is out of bounds, naming the bound."""
+    if isinstance(spelling, Attention):
+        return spelling
+    name, colon, rest = spelling.strip().partition(":")
+    if name not in ATTENTION:
+        raise ZooError(f"unknown attention method {name!r}; known: {', '.join(sorted(ATTENTION))}")
+    known, chosen = options(ATTENTION[name]), {}
+    for part in rest.split(",") if colon else []:
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if key not in known or not equals:
+            listing = ", ".join(f"{k}={d}" for k, (_, d) in known.items()) or "none"
+            raise ZooError(f"{name}: unknown option {part.strip()!r}; options and their defaults: {listing}")
+        if key in chosen:
+            raise ZooError(f"{name}: option {key!r} is given twice")
+        chosen[key] = convert(name, key, known[key][0], value)
+    return ATTENTION[name](**chosen)
+
+
+def convert(name: str, key: str, kind: type, value: str) -> object:
+    try:
+        return Budget.parse(value) if kind is Budget else kind(value)
+    except ValueError:
+        expected = "tokens such as 1024 or a share such as 25%" if kind is Budget else {"int": "a whole number"}.get(kind.__name__, kind.__name__)
+        raise ZooError(f"{name}: {key}={value!r} is not {expected}") from None
+
+
+__all__ = ["ATTENTION", "Attention", "Budget", "Full", "Sliding", "SubGen", "options", "parse"]

@@ -1,0 +1,233 @@
+"""`subgen`: old tokens live on as clusters of similar keys (SubGen, arXiv 2402.06082).
+
+    a cluster C of n tokens is one slot:  k = mean of k_i,  v = mean of v_i,  a = b = log n
+    out(q) = softmax over [sinks; clusters; recent tokens] of (s q.k + a), times v
+The paper clusters keys online because similar keys get similar scores. After the rotary embedding keys of one meaning lie apart, so that
+clusters grow in step with the tokens; keys rotated *back* by their position do cluster. So distances are between un-rotated keys, while the slot
+shows the mean of the rotated ones: to first order, the score it gets is the mean score of its tokens.
+
+slots: the first 4 tokens, exact; the last `recent` tokens, exact; everything between in clusters, nothing dropped.
+rule: at the end of a prompt, greedy k-center (farthest point first) on what is older than the recent window, old clusters included as weighted
+    points; afterwards, each block of 64 tokens that leaves the window opens clusters while there is room, then joins the nearest.
+exact when: budget >= 2 x tokens (one token a cluster; half of the difference pays for the features, below).
+cost: a decode step reads at most `budget` slots, whatever the length. Each cluster also keeps its mean un-rotated key, charged as half a slot.
+    The prompt itself is attended exactly and held until its end: the peak is that of `full`. k-center is O(clusters x tokens x D) a head.
+A cluster carries the position of its newest token, and leaves a model's sliding window with it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from zoo.attention.cache import BLOCK, Attention, Budget, Cache, Caches, SlotStore, round_up
+from zoo.errors import ZooError
+
+SINKS = 4
+LEAST = 256  # slots; fewer leave no room for clusters beside sinks, recent window and pending ring
+TIE = 1e-4  # of a key's squared norm: distances this close are equal and the first wins, so that rounding does not decide between equal keys
+ROOM = 2**62  # "any number of tokens fits"
+
+
+def layout(budget: int) -> tuple[int, int]:
+    """Slots -> (recent tokens, clusters). A cluster costs 1.5 slots: key, value and feature. Row 0, sinks and the pending ring are paid first."""
+    recent = round_up(budget // 8)
+    return recent, (budget - 1 - SINKS - BLOCK - recent) * 2 // 3
+
+
+def k_center(x: Tensor, alive: Tensor, most: Tensor) -> Tensor:
+    """Greedy k-center: open a centre at the point farthest from all centres so far, until there are `most`; each point joins the nearest.
+
+    x (B, G, P, D) float, alive (B, G, P) bool, most (B,) -> labels (B, G, P) int64 from 0, -1 where not alive. With no more points
+    than centres each point is its own cluster, duplicates too.
+    """
+    far_away, taken = torch.inf, -1.0
+    dist = torch.where(alive, far_away, -torch.inf)
+    label = torch.full_like(dist, -1, dtype=torch.int64)
+    square = x.square().sum(-1)
+    tie = TIE * (square * alive).amax(-1, keepdim=True) if x.shape[2] else square
+    for j in range(int(most.max()) if x.shape[2] else 0):
+        top = dist.amax(-1, keepdim=True)
+        far = (dist >= top - tie).to(torch.uint8).argmax(-1, keepdim=True)
+        top = dist.gather(2, far)
+        opens = (top >= 0) & (j < most[:, None, None])  # (B, G, 1): false where every point is a centre already
+        centre = x.gather(2, far[..., None].expand(*far.shape, x.shape[3]))
+        d = (square - 2 * (x @ centre.mT)[..., 0] + square.gather(2, far)).clamp(min=0)
+        closer = opens & (d < dist - tie)
+        label = torch.where(closer, j, label)
+        dist = torch.where(closer, d, dist)
+        label.scatter_(2, far, torch.where(opens, j, label.gather(2, far)))
+        dist.scatter_(2, far, torch.where(opens, taken, top))
+    return label
+
+
+def nearest(x: Tensor, centres: Tensor, alive: Tensor) -> Tensor:
+    """For points x (B, G, N, D), the nearest of centres (B, G, M, D) that is alive (B, G, M): labels (B, G, N)."""
+    d = centres.square().sum(-1)[:, :, None] - 2 * x @ centres.mT
+    d = d.masked_fill(~alive[:, :, None], torch.inf)
+    tie = TIE * x.square().sum(-1, keepdim=True)
+    return (d <= d.amin(-1, keepdim=True) + tie).to(torch.uint8).argmax(-1)
+
+
+def sums(label: Tensor, values: Tensor, clusters: int) -> Tensor:
+    """Add values (B, G, P) or (B, G, P, D) up by label (B, G, P); label -1 is left out. -> (B, G, clusters[, D])."""
+    bins = torch.where(label < 0, clusters, label)  # a bin past the end takes what is left out
+    bins = bins if values.dim() == 3 else bins[..., None].expand(values.shape)
+    total = values.new_zeros((*values.shape[:2], clusters + 1, *values.shape[3:]))
+    return total.scatter_add_(2, bins, values)[:, :, :clusters]
+
+
+class SubGenCache(Cache):
+    """Rows of the store: 0 padding | 1..4 sinks | clusters | tail: recent and pending tokens, exact, at `tail + position % ring`."""
+
+    x: Tensor  # (B, G, M, D): each cluster's mean un-rotated key
+    tail: Tensor  # (B,): first row of the tail. These two are tensors so that a compiled step does not depend on their values
+    ring: Tensor  # (B,): rows of the tail
+    most: Tensor  # (B,): clusters this sequence may own
+    recent: Tensor  # (B,): tokens behind the newest that stay exact
+
+    def __init__(self, budget: Budget, share_of: int | None, rotary: Any, config: Any, batch: int, dtype: torch.dtype, device: Any) -> None:
+        super().__init__()
+        self.budget, self.share_of, self.window = budget, share_of, config.sliding_window
+        self.rotary = [rotary]  # the model's module, in a list so that it is not part of this cache's state
+        heads, size = config.num_key_value_heads, config.head_dim
+        self.store = SlotStore(batch, heads, 1 + SINKS + BLOCK, size, dtype, device, shared=False)
+        self.register_buffer("x", torch.zeros(batch, heads, 0, size, dtype=dtype, device=device))
+        for name, value in (("tail", 1 + SINKS), ("ring", BLOCK), ("most", 0), ("recent", 0)):
+            self.register_buffer(name, torch.full((batch,), value, dtype=torch.int64, device=device))
+
+    def row(self, pos: Tensor) -> Tensor:
+        return torch.where(pos < SINKS, 1 + pos, self.tail[:, None] + pos % self.ring[:, None])
+
+    def tail_pos(self) -> Tensor:
+        """(B, ring) positions in the tail, -1 = empty; the same in every head."""
+        return self.store.pos[:, 0, int(self.tail[0]) :]
+
+    def reserve(self, tokens: int, exactly: bool) -> int:
+        if not self.prompt_open:
+            return ROOM  # the ring holds the recent window and one block
+        held = self.tail_pos()
+        oldest = int(held.masked_fill(held < 0, 2**31 - 1).min()) if bool((held >= 0).any()) else SINKS
+        ring = int(self.ring[0])
+        if tokens - oldest > ring:
+            self.lay_out(self.x.shape[2], round_up(max(tokens - oldest, 0 if exactly else 2 * ring)))
+        return oldest + int(self.ring[0])
+
+    def lay_out(self, clusters: int, ring: int) -> None:
+        """Move the rows to where they belong with this many clusters and tail rows; clusters beyond the number are not kept."""
+        tail, held = 1 + SINKS + clusters, self.tail_pos()
+        head = torch.arange(int(self.tail[0]), device=held.device).expand(len(held), -1)
+        row = torch.cat((torch.where(head < tail, head, 0), torch.where(held >= 0, tail + held.long() % ring, 0)), 1)
+        self.store.move(row, tail + ring)
+        self.tail.fill_(tail)
+        self.ring.fill_(ring)
+
+    def clusters(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Key, value and feature sums (B, G, M, D), counts (B, G, M) and newest positions of the clusters, in float32."""
+        s, rows = self.store, slice(1 + SINKS, int(self.tail[0]))
+        assert s.a is not None
+        pos = s.pos[:, :, rows]
+        n = torch.where(pos >= 0, s.a[:, :, rows].exp().round(), 0)
+        wide = n[..., None]
+        return s.k[:, :, rows].float() * wide, s.v[:, :, rows].float() * wide, self.x.float() * wide, n, pos
+
+    def put(self, k: Tensor, v: Tensor, x: Tensor, n: Tensor, pos: Tensor) -> None:
+        """Write clusters given as sums, counts and newest positions; one without tokens is an empty row."""
+        count = n.clamp(min=1)[..., None]
+        self.store.replace(1 + SINKS, k / count, v / count, n.clamp(min=1).log(), torch.where(n > 0, pos, -1))
+        self.x = (x / count).to(self.store.k.dtype)
+
+    def end_prompt(self, seen: Tensor) -> None:
+        """k-center over the old clusters and every exact token that is older than the recent window."""
+        plan = [layout(max(self.budget.tokens(self.share_of or n), LEAST)) for n in seen.tolist()]
+        self.recent.copy_(torch.tensor([r for r, _ in plan]))
+        self.most.copy_(torch.tensor([m for _, m in plan]))
+        M, ring = int(self.most.max()), int(self.recent.max()) + BLOCK
+
+        held = self.tail_pos().long()
+        old = (held >= 0) & (held < (seen - self.recent)[:, None])
+        start = int(self.tail[0])
+        k, v = self.store.k[:, :, start:].float(), self.store.v[:, :, start:].float()
+        weight = old[:, None].expand(k.shape[:3]).float()
+        x = self.rotary[0].unrotate(k, held.clamp(min=0)) * weight[..., None]
+        ck, cv, cx, cn, cpos = self.clusters()
+        points, counts = torch.cat((cx / cn.clamp(min=1)[..., None], x), 2), torch.cat((cn, weight), 2)
+        label = k_center(points, counts > 0, self.most)
+        newest = torch.cat((cpos.long(), held[:, None].expand(weight.shape)), 2)
+        bins = torch.where(label < 0, M, label)
+        merged = (
+            sums(label, torch.cat((ck, k * weight[..., None]), 2), M),
+            sums(label, torch.cat((cv, v * weight[..., None]), 2), M),
+            sums(label, torch.cat((cx, x), 2), M),
+            sums(label, counts, M),
+            newest.new_full((*label.shape[:2], M + 1), -1).scatter_reduce_(2, bins, newest, "amax")[:, :, :M],
+        )
+        self.store.pos[:, :, start:].masked_fill_(old[:, None], -1)
+        self.lay_out(M, ring)
+        self.put(*merged)
+
+    def maintain(self, seen: Tensor) -> None:
+        """The block of tokens that has left the recent window opens clusters while there is room, then joins the nearest."""
+        first = seen - self.recent - BLOCK
+        pos = first[:, None] + torch.arange(BLOCK, device=seen.device)
+        row = torch.where(pos >= SINKS, self.row(pos.clamp(min=SINKS)), 0)
+        gone = (pos >= SINKS) & (self.store.pos[:, 0].gather(1, row) == pos) & (seen % BLOCK == 0)[:, None]
+        if not bool(gone.any()):
+            return
+        ck, cv, cx, n, cpos = self.clusters()
+        B, G, M, D = cx.shape
+        take = row[:, None, :, None].expand(B, G, BLOCK, D)
+        k, v = self.store.k.gather(2, take).float(), self.store.v.gather(2, take).float()
+        x = self.rotary[0].unrotate(k, pos)
+        weight = gone[:, None].expand(B, G, BLOCK).float()
+
+        used = (n > 0).sum(-1, keepdim=True)  # (B, G, 1); clusters fill the rows from the first
+        turn = used + gone.cumsum(1)[:, None] - 1
+        opens = gone[:, None] & (turn < self.most[:, None, None])
+        label = torch.where(opens, turn, -1)
+        centres, alive = cx + sums(label, x, M), n + sums(label, weight, M)
+        joins = nearest(x, centres / alive.clamp(min=1)[..., None], alive > 0)
+        label = torch.where(opens, label, torch.where(gone[:, None], joins, -1))
+
+        bins = torch.where(label < 0, M, label)
+        newest = torch.cat((cpos.long(), cpos.new_full((B, G, 1), -1).long()), 2)
+        newest = newest.scatter_reduce(2, bins, pos[:, None].expand(B, G, BLOCK), "amax")[:, :, :M]
+        self.put(
+            ck + sums(label, k, M),
+            cv + sums(label, v, M),
+            cx + sums(label, x, M),
+            n + sums(label, weight, M),
+            newest,
+        )
+        empty = torch.zeros_like(self.store.pos[:, 0], dtype=torch.bool).scatter_(1, row, gone)
+        self.store.free(empty[:, None])
+
+    def used(self) -> int:
+        features = int((self.store.pos[:, :, 1 + SINKS : int(self.tail[0])] >= 0).sum()) * self.x.shape[3] * self.x.element_size()
+        return super().used() + features + sum(t.nbytes for t in (self.tail, self.ring, self.most, self.recent))
+
+
+@dataclass(frozen=True)
+class SubGen(Attention):
+    """Clusters of un-rotated keys between sinks and a recent window. `budget`: slots a layer and head, at least 256; a share such as
+    `25%` is of the tokens seen when a prompt ends."""
+
+    budget: Budget = Budget(25, percent=True)
+
+    exact_when: ClassVar[str] = "budget >= 2 x tokens"
+
+    def __post_init__(self) -> None:
+        if self.budget.percent and not 0 < self.budget.number <= 200:
+            raise ZooError(f"subgen: budget={self.budget} must be above 0% and at most 200%")
+        if not self.budget.percent and not LEAST <= self.budget.number <= 2**31:
+            raise ZooError(f"subgen: budget={self.budget} must be at least {LEAST} slots: 4 sinks, 64 recent, 64 pending, the rest in clusters")
+
+    def caches(
+        self, config: Any, rotary: Any, batch: int, max_tokens: int | None, prompt_tokens: int | None, dtype: torch.dtype, device: Any
+    ) -> Caches:
+        layers = [SubGenCache(self.budget, prompt_tokens, rotary, config, batch, dtype, device) for _ in range(config.num_hidden_layers)]
+        return Caches(layers, batch, device, blocks=True)

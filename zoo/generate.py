@@ -1,0 +1,77 @@
+"""python -m zoo.generate "Once upon a time" --attn subgen: prefill, decode, streaming text.
+
+Text goes to standard output; progress, speed and bytes to standard error. Several prompts are answered in one batch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from zoo import cli
+from zoo.errors import ZooError
+
+
+def read(path: str) -> str:
+    """A text file, or standard input for `-`."""
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+        return data.decode()
+    except OSError as e:
+        raise ZooError(f"cannot read {path}: {e.strerror}") from None
+    except UnicodeDecodeError:
+        raise ZooError(f"{'standard input' if path == '-' else path} is not UTF-8 text") from None
+
+
+def listing() -> str:
+    """Models, where they are on this machine, and attention methods with their options."""
+    import zoo
+    from zoo.attention import ATTENTION
+    from zoo.checkpoint import KNOWN, available
+
+    lines = ["models (any hub id or folder of these families works too):"]
+    for name in zoo.models():
+        lines.append(f"  {name:16} {available(name) or '-':24} {KNOWN[name].hub_id}")
+    lines += ["", "attention methods, their options and defaults:"]
+    for name, options in zoo.attentions().items():
+        spelling = name + (":" + ",".join(f"{k}={v}" for k, v in options.items()) if options else "")
+        lines.append(f"  {spelling:24} exact when: {ATTENTION[name].exact_when}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    p = cli.parser("zoo.generate", "Continue a prompt, or several at once.")
+    p.add_argument("prompt", nargs="*", help="text; - reads standard input")
+    p.add_argument("--file", action="append", default=[], help="read a prompt from this file; may be given several times")
+    p.add_argument("--max-new-tokens", type=int, default=100)
+    p.add_argument("--chat", action="store_true", help="put each prompt through the checkpoint's chat template, as one user message")
+    p.add_argument("--list", action="store_true", help="show models and attention methods, and stop")
+    args = p.parse_args(argv)
+    if args.list:
+        print(listing())
+        return
+    prompts = [read("-") if text == "-" else text for text in args.prompt] + [read(path) for path in args.file]
+    if not prompts:
+        raise ZooError("no prompt; give some text, - for standard input, or --file")
+    if not all(prompts):
+        raise ZooError("the prompt is empty; give some text")
+    if args.max_new_tokens < 1:
+        raise ZooError(f"--max-new-tokens {args.max_new_tokens} must be at least 1")
+    options = cli.sampling(args)
+    lm = cli.load(args)
+    ids = [lm.tokenizer.chat([{"role": "user", "content": text}]) if args.chat else lm.tokenizer.encode(text) for text in prompts]
+    answers = ["" for _ in prompts]
+    for i, piece in lm.stream_batch(ids, args.max_new_tokens, progress=cli.Progress(), **options):
+        answers[i] += piece
+        if len(prompts) == 1:
+            print(piece, end="", flush=True)
+    print("" if len(prompts) == 1 else "\n".join(f"[{i + 1}] {answer}" for i, answer in enumerate(answers)))
+    figures = cli.figures(lm)
+    print(cli.show(figures), file=sys.stderr)
+    if args.json:
+        print(json.dumps({"model": args.model, **figures, "answers": answers}))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
