@@ -79,8 +79,8 @@ class Tokenizer:
             raise ZooError("a text is to begin with BOS, but there is no bos_token; name it in tokenizer_config.json")
         self._prefix = (prefix or []) if add_bos is None else [self.bos_id] if add_bos and self.bos_id is not None else []
         self._backend, self._nfc = backend, nfc
-        self._before = Finder([token for token in added if not token.normalized], set(self.special), nfc=False)
-        self._after = Finder([token for token in added if token.normalized], set(self.special), nfc)
+        self._before = Finder([token for token in added if not token.normalized], set(self.special))
+        self._after = Finder([token for token in added if token.normalized], set(self.special))
         self._pieces = backend.pieces | {token.id: token.text.encode() for token in added}
         self.vocab_size = max(self._pieces) + 1
 
@@ -180,8 +180,8 @@ class Added:
 class Finder:
     """Finds added tokens in a text: the leftmost, and of those the longest."""
 
-    def __init__(self, tokens: list[Added], special: set[str], nfc: bool) -> None:
-        self._tokens = {unicodedata.normalize("NFC", t.text) if nfc else t.text: (t.id, t.text in special) for t in tokens}
+    def __init__(self, tokens: list[Added], special: set[str]) -> None:
+        self._tokens = {token.text: (token.id, token.text in special) for token in tokens}
         self._pattern = regex.compile("|".join(map(regex.escape, sorted(self._tokens, key=len, reverse=True))))
 
     def cut(self, text: str, special: bool) -> Iterator[tuple[int | None, str]]:
@@ -291,6 +291,7 @@ def _from_json(data: dict[str, Any], settings: Settings) -> Tokenizer:
         _require(
             vocab.get(text, i) == i and pieces.get(i, text.encode()) in (text.encode(), _token_bytes(text)), "id of added token", (text, i)
         )
+        text = unicodedata.normalize("NFC", text) if normalizers and token["normalized"] else text
         added.append(Added(i, text, token["special"], token["normalized"]))
     _require(len(pieces) == len(vocab) and len({token.id for token in added}) == len(added), "vocabulary", "one id for two tokens")
     _require(all(isinstance(i, int) and i >= 0 for i in pieces), "vocabulary", "an id that is no natural number")

@@ -134,7 +134,7 @@ def sdpa(q: Tensor, q_pos: Tensor, slots: Slots) -> Tensor:
     seen = visible(q_pos, slots)
     bias: Tensor = seen
     if slots.a is not None:
-        bias = torch.where(seen, slots.a[:, :, None].to(q.dtype), -torch.inf)
+        bias = torch.where(seen, slots.a[:, :, None].to(torch.promote_types(q.dtype, torch.float32)), -torch.inf)
     bias = bias[:, :, None].expand(B, bias.shape[1], H // G, T, S).reshape(B, -1, H // G * T, S)
     out = F.scaled_dot_product_attention(q.reshape(B, G, -1, D), slots.k, slots.v, attn_mask=bias)
     # A query that sees nothing gets 0 by the formula; the kernels disagree among themselves about that case.

@@ -1,0 +1,129 @@
+"""Tiny checkpoints that tests write themselves: random weights with std 0.3, so that wrong code cannot hide in small logits."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+CORPUS = (
+    "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse, and nothing particular to interest me "
+    "on shore, I thought I would sail about a little and see the watery part of the world. It is a way I have of driving off the spleen and "
+    "regulating the circulation. 12 345 6789 naïve café — “quotes” 漢字 \U0001f40b "
+) * 4
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+}
+
+
+def llama_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Tensor names and shapes of a Llama checkpoint with this config.json."""
+    C, I, V = c["hidden_size"], c["intermediate_size"], c["vocab_size"]
+    H, G = c["num_attention_heads"], c.get("num_key_value_heads") or c["num_attention_heads"]
+    D = c.get("head_dim") or C // H
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, C), "model.norm.weight": (C,)}
+    if not c.get("tie_word_embeddings"):
+        shapes["lm_head.weight"] = (V, C)
+    for i in range(c["num_hidden_layers"]):
+        p = f"model.layers.{i}."
+        shapes |= {p + "input_layernorm.weight": (C,), p + "post_attention_layernorm.weight": (C,)}
+        for name, o, n in (("q", H * D, C), ("k", G * D, C), ("v", G * D, C), ("o", C, H * D)):
+            shapes[f"{p}self_attn.{name}_proj.weight"] = (o, n)
+            if c.get("attention_bias"):
+                shapes[f"{p}self_attn.{name}_proj.bias"] = (o,)
+        for name, o, n in (("gate", I, C), ("up", I, C), ("down", C, I)):
+            shapes[f"{p}mlp.{name}_proj.weight"] = (o, n)
+            if c.get("mlp_bias"):
+                shapes[f"{p}mlp.{name}_proj.bias"] = (o,)
+    return shapes
+
+
+def write_tokenizer(folder: Path, chat: bool = True) -> int:
+    """A byte-level BPE trained on CORPUS, in tokenizer.json and tokenizer_config.json; returns the vocabulary's size."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    t = Tokenizer(models.BPE())
+    t.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    t.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    t.train_from_iterator([CORPUS], trainer)
+    t.save(str(folder / "tokenizer.json"))
+    about: dict[str, Any] = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "add_bos_token": False}
+    if chat:
+        about["chat_template"] = TEMPLATE
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    return t.get_vocab_size()
+
+
+def write_llama(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, chat: bool = True, **changes: Any) -> Path:
+    """A whole Llama checkpoint in `folder`: config, random weights (std 0.3), tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**LLAMA, "vocab_size": write_tokenizer(folder, chat), **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2]}))
+    g = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in llama_shapes(config).items():
+        t = torch.randn(shape, generator=g) * 0.3
+        tensors[name] = (t + 1 if "norm" in name else t).to(dtype)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama checkpoint folder, float32, grouped heads, with a chat template."""
+    return write_llama(tmp_path_factory.mktemp("tiny") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder with the long text and the real NeoX tokenizer."""
+    where = os.environ.get("ZOO_TEST_DATA")
+    if not where or not Path(where).is_dir():
+        pytest.skip("ZOO_TEST_DATA names no folder with the long text")
+    return Path(where)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The embedded SmolLM2-135M-Instruct, converted."""
+    from zoo import embedded
+    from zoo.errors import ZooError
+
+    try:
+        return embedded.folder()
+    except ZooError as e:
+        pytest.skip(f"the embedded model is not here: {e}")
