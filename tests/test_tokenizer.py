@@ -52,6 +52,8 @@ FRAGMENTS = [
         "\u1100\u1161\u11a8",
         "Å",
         "\u212b",
+        "\u2126x",
+        "Ω",
     ),
     *(" ", "  ", "   ", " " * 7, " " * 25, "\n", "\n\n", "\r\n", "\t", "\u00a0", "\u3000", "\u2028", "\x85", "\x1c"),
     *("\x00", "\x04", "\x06", "\x13", "\x1d", "\x7f", "\ufffd", "\U0010fffd", "\U000f1234"),
@@ -260,7 +262,7 @@ def test_any_list_of_merges(choices: list[tuple[int, int]], rng: random.Random, 
     tokens, merges = list("abc"), []
     for left, right in choices:
         pair = (tokens[left % len(tokens)], tokens[right % len(tokens)])
-        if len("".join(pair)) <= 8 and pair not in merges:
+        if len("".join(pair)) <= 8:
             merges.append(pair)
             tokens += [] if "".join(pair) in tokens else ["".join(pair)]
     if rng.random() < 0.5:
@@ -506,8 +508,9 @@ def sentencepiece_model(**options: Any) -> bytes:
 
     out = io.BytesIO()
     options = {"model_type": "bpe", "vocab_size": 420, "byte_fallback": True, "control_symbols": ["[INST]", "[/INST]"]} | options
-    options |= {"remove_extra_whitespaces": False, "normalization_rule_name": "identity", "minloglevel": 2}
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS), model_writer=out, character_coverage=0.98, **options)
+    options |= {"remove_extra_whitespaces": False, "normalization_rule_name": "identity", "minloglevel": 2, "character_coverage": 0.98}
+    options |= {"sentence_iterator": iter(CORPUS), "model_writer": out}
+    sentencepiece.SentencePieceTrainer.train(**options)
     return out.getvalue()
 
 
