@@ -105,6 +105,8 @@ def main(argv: list[str] | None = None) -> None:
     args = p.parse_args(argv)
     if args.max_new_tokens < 1:
         raise ZooError(f"--max-new-tokens {args.max_new_tokens} must be at least 1")
+    if sys.stdin is None:
+        raise ZooError("standard input is closed")
     options = cli.sampling(args)
     lm = cli.load(args)
     if args.template:

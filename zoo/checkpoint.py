@@ -1,11 +1,10 @@
 """Where a checkpoint is, and how its tensors are read: safetensors only, strict in both directions, no pickle ever.
 
-A checkpoint is a folder with config.json, model.safetensors (or model.safetensors.index.json and the shards it names) and a
-tokenizer. Where an index lies beside a model.safetensors, the index counts: only the files it names are fetched and read.
+A checkpoint is a folder with config.json, a tokenizer, and model.safetensors or model.safetensors.index.json with the shards it
+names. Where both lie there, the index counts: only the files it names are fetched and read.
 
-Tensors are mapped, not read, and copied one by one into a single anonymous buffer that holds the whole model, so memory peaks at
-about the model's own bytes. The buffer asks the kernel for huge pages: decoding reads every weight once per token, and with 4 KiB
-pages the walks through the page table cost it several per cent.
+Tensors are mapped, not read, and copied one by one into one buffer that holds the whole model: memory peaks at the model's bytes.
+The buffer asks the kernel for huge pages, since decoding reads every weight once per token, and page walks cost it several per cent.
 """
 
 from __future__ import annotations
@@ -89,12 +88,9 @@ def find(name: str, revision: str | None = None) -> Path:
 
 def available(name: str) -> str | None:
     """Where a known model is on this machine ("weights/...", "hub cache", "embedded (...)"), or None. Never touches the network."""
-    if _weights(name):
-        return f"weights/{name}"
-    if name in KNOWN and _cached(KNOWN[name].hub_id, None):
-        return "hub cache"
     state = embedded.where() if name == embedded.NAME else None
-    return f"embedded ({state})" if state else None
+    hub = name in KNOWN and _cached(KNOWN[name].hub_id, None)
+    return f"weights/{name}" if _weights(name) else "hub cache" if hub else f"embedded ({state})" if state else None
 
 
 def _weights(name: str) -> Path | None:
@@ -166,8 +162,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def generation_config(folder: Path) -> dict[str, Any]:
     """generation_config.json, or {} without one. `eos_token_id` is an int or a list of ints. Raises ZooError as `read_config` does."""
-    path = folder / "generation_config.json"
-    raw = _json(path) if os.path.lexists(path) else {}
+    raw = _json(path) if os.path.lexists(path := folder / "generation_config.json") else {}
     eos = raw.get("eos_token_id")
     if any(type(e) is not int for e in (eos if isinstance(eos, list) else [eos])) and eos is not None:
         raise ZooError(one_line(f"{path}: eos_token_id is {eos!r}; expected a token id or a list of them"))
@@ -178,16 +173,14 @@ def _json(path: Path) -> dict[str, Any]:
     with _reading(path):
         if path.stat().st_size > JSON_LIMIT:
             raise ValueError(f"larger than {JSON_LIMIT >> 20} MiB")
-        raw = json.loads(path.read_bytes())
-        if isinstance(raw, dict):
+        if isinstance(raw := json.loads(path.read_bytes()), dict):
             return raw
         raise ValueError("holds no JSON object")
 
 
 def weight_files(folder: Path) -> Mapping[str, set[str] | None]:
     """Each weight file's name, with the tensors that the index places in it (None: no index). Raises ZooError for a bad index."""
-    path = folder / INDEX
-    if not os.path.lexists(path):
+    if not os.path.lexists(path := folder / INDEX):
         return {SINGLE: None}
     table = _json(path).get("weight_map")
     if not isinstance(table, dict) or not table:
@@ -250,7 +243,8 @@ def _account(folder: Path, names: dict[str, str], shapes: Shapes, ignored: Itera
                 alien += [f"{name} is {kind}, expected {' or '.join(DTYPES)}"] * (kind not in DTYPES)
                 dtypes.add(DTYPES.get(kind, torch.float32))
                 held[name] = file
-    missing = [name for name in shapes if name not in {names[n] for n in held}]
+    present = {names[name] for name in held}
+    missing = [name for name in shapes if name not in present]
     faults = {"missing": missing, "unexpected": unexpected, "wrong shape": misfit, "wrong dtype": alien}
     if any(faults.values()):
         told = "; ".join(f"{what}: {', '.join(w[:10])}" + f" and {len(w) - 10} more" * (len(w) > 10) for what, w in faults.items() if w)
@@ -280,8 +274,7 @@ def _layout(shapes: Shapes, dtype: torch.dtype) -> dict[str, Tensor]:
     with suppress(AttributeError, OSError):  # a system without huge pages: only speed is lost
         memory.madvise(mmap.MADV_HUGEPAGE)
     # One storage a parameter, each holding on to `memory`: torch.compile's nested regions refuse inputs that share a storage.
-    parts = {name: torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=starts[name]) for name, shape in shapes.items()}
-    return {name: part.view(shapes[name]) for name, part in parts.items()}
+    return {n: torch.frombuffer(memory, dtype=dtype, count=math.prod(s), offset=starts[n]).view(s) for n, s in shapes.items()}
 
 
 def _tensor(path: Path, name: str) -> Tensor:
@@ -303,5 +296,4 @@ def _reading(path: Path) -> Iterator[None]:
 
 def one_line(text: object) -> str:
     """`text` without line breaks or control characters, which a damaged file may hold."""
-    line = " ".join(str(text).split())
-    return "".join(c if c.isprintable() else "\ufffd" for c in line)[:4000]
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(text).split()))[:4000]

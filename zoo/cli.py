@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, exit code 2."""
-        self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help lists the options)\n")
 
 
 def parser(module: str, description: str) -> Parser:
@@ -130,7 +130,7 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     """Exit codes: 0; 2 for what the user can mend, one line on standard error; 130 for Ctrl-C."""
     try:
         main(argv)
-        sys.stdout.flush()
+        print(end="", flush=True)  # unlike sys.stdout.flush(), right where standard output is closed
         return 0
     except ZooError as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
@@ -144,6 +144,10 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
         print(f"error: {e.strerror or e}{f': {e.filename}' if e.filename else ''}", file=sys.stderr)
         if e.errno == 28:  # a full disk behind standard output: the same flush again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except MemoryError:
+    except UnicodeEncodeError as e:
+        print(f"error: standard output takes only {e.encoding} text; set PYTHONIOENCODING=utf-8", file=sys.stderr)
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, MemoryError) and "out of memory" not in str(e) and "can't allocate memory" not in str(e):
+            raise
         print("error: out of memory; a smaller model, dtype or --attn budget needs less", file=sys.stderr)
     return 2

@@ -15,6 +15,8 @@ from zoo.errors import ZooError
 
 def read(path: str) -> str:
     """A text file, or standard input for `-`."""
+    if path == "-" and sys.stdin is None:
+        raise ZooError("standard input is closed")
     try:
         data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
         return data.decode()

@@ -19,11 +19,13 @@ def scramble(x: Tensor) -> Tensor:
 
 
 def uniform(seed: int, *coordinates: Tensor) -> Tensor:
-    """Uniform float32 in (0, 1), one for each element of the broadcast int64 coordinates."""
+    """Uniform float32 in (0, 1), one for each element of the broadcast int64 coordinates. `seed` counts modulo 2**64."""
+    seed = (seed + 2**63) % 2**64 - 2**63
     x = scramble(torch.full((), seed, dtype=torch.int64, device=coordinates[0].device) + GOLDEN)
     for c in coordinates:
         x = scramble(x * GOLDEN + c.to(torch.int64) + 1)
-    return (((x >> 40) & 0xFFFFFF).to(torch.float32) + 0.5) * 2.0**-24
+    # 23 bits and a half are exact in float32; with 24 the largest would round to 1, whose Gumbel noise is infinite.
+    return (((x >> 41) & 0x7FFFFF).to(torch.float32) + 0.5) * 2.0**-23
 
 
 def gumbel(seed: int, *coordinates: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def sampler(
         if value is not None and not good:
             raise ZooError(f"{name}={value} must be {bound}")
 
-    check("temperature", temperature, 0 <= temperature < float("inf"), "0 (greedy) or more")
+    check("temperature", temperature, temperature == 0 or 1e-6 <= temperature < float("inf"), "0 (greedy), or 0.000001 and more")
     check("top_k", top_k, (top_k or 0) >= 1, "at least 1")
     check("top_p", top_p, 0 < (top_p or 0) <= 1, "above 0 and at most 1")
     check("min_p", min_p, 0 <= (min_p if min_p is not None else 0) <= 1, "between 0 and 1")

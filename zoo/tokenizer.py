@@ -410,7 +410,7 @@ def _compile(source: str) -> jinja2.Template:
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` marks the assistant's words for training; here only its body counts."""
 
-    tags = {"generation"}  # noqa: RUF012
+    tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno

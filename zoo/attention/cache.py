@@ -270,6 +270,7 @@ class Caches(nn.ModuleList):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state as safetensors; the file appears whole or not at all."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tmp = Path(f"{path}.{os.getpid()}.tmp")
@@ -277,8 +278,8 @@ class Caches(nn.ModuleList):
         try:
             save_file(tensors, tmp, metadata={"prompt_open": str(self.prompt_open), "kind": self.kind()})
             os.replace(tmp, path)
-        except OSError as e:
-            raise ZooError(f"cannot write the cache to {path}: {e.strerror or e}") from e
+        except (OSError, SafetensorError) as e:
+            raise ZooError(f"cannot write the cache to {path}: {getattr(e, 'strerror', None) or e}") from e
         finally:
             tmp.unlink(missing_ok=True)
 

@@ -28,7 +28,7 @@ class FullCache(Cache):
     def reserve(self, tokens: int, exactly: bool) -> int:
         if tokens >= self.store.rows:
             double = tokens if exactly else max(tokens, 2 * self.store.rows)
-            self.store.resize(round_up(tokens + 1), capacity=round_up(max(double, self.hint) + 2))
+            self.store.resize(round_up(tokens + 1), capacity=round_up(max(double, self.hint) + 1) + 1)
         return self.store.rows - 1
 
 

@@ -1,0 +1,525 @@
+"""Llama against `transformers` in numbers: tiny random models and the real one, and mutants that the same comparison must catch.
+
+A parity test is worth what it catches. So each has mutants: the same model with one thing wrong, which must miss by far more than the tolerance.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import LLAMA, write_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import zoo
+from zoo.errors import ZooError
+from zoo.lm import CHUNK
+from zoo.models import llama
+from zoo.models.layers import RMSNorm, Rope, Rotary, turn
+from zoo.sampling import sampler
+
+ROOT = Path(__file__).parent.parent
+TOLERANCE = 1e-4  # of a float32 logit, where logits have a standard deviation of about 2; rounding was seen to reach half of it
+CAUGHT = 100 * TOLERANCE  # what every mutant must miss by
+PROMPT, LENGTH = 40, 60  # tokens prefilled, and in all
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+# Logits grow with the hidden size, and so do attention scores: with weights of std 0.3 a larger one is all softmax peaks and rounding noise.
+SMALL: dict[str, Any] = {"hidden_size": 32, "head_dim": 16, "num_hidden_layers": 2}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "grouped": SMALL,
+    "one kv head": {**SMALL, "num_key_value_heads": 1},
+    "three of three": {**SMALL, "hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 3},
+    "head_dim left out": {"hidden_size": 48, "num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 2},
+    "head_dim": {**SMALL, "head_dim": 32},
+    "tied": {**SMALL, "tie_word_embeddings": True},
+    "biases": {**SMALL, "attention_bias": True, "mlp_bias": True},
+    "theta": {**SMALL, "rope_theta": 500000.0},
+    "theta in rope_parameters": {**SMALL, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}, "rope_theta": None},
+    "llama 3.1": {**SMALL, "rope_scaling": LLAMA3},
+    "llama 3.1 in rope_parameters": {**SMALL, "rope_parameters": {**LLAMA3, "rope_theta": 500000.0}, "rope_theta": None},
+    "small embeddings": {**SMALL, "embeddings": 0.01},  # a mean square near eps, so that a wrong eps shows
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Tiny matrices on one thread: where cores are shared, a second one takes forty times as long, waiting for its turn."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if "smollm2" in request.fixturenames else 1)
+    yield
+    torch.set_num_threads(before)
+
+
+def write(folder: Path, embeddings: float | None = None, **changes: Any) -> Path:
+    """A checkpoint as `write_llama` makes it; a key that is None is left out, `embeddings` is their standard deviation if not 0.3."""
+    from safetensors.torch import load_file, save_file
+
+    write_llama(folder, **changes)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in raw.items() if value is not None}))
+    if embeddings is not None:
+        tensors = load_file(folder / "model.safetensors")
+        tensors["model.embed_tokens.weight"] *= embeddings / 0.3
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def theirs(folder: Path, dtype: torch.dtype = torch.float32, attention: str = "eager") -> Any:
+    """The checkpoint as transformers reads it."""
+    transformers = pytest.importorskip("transformers", reason="compares with `transformers`, of the test extra")
+    return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
+
+
+def some_ids(vocab: int, batch: int = 2, length: int = LENGTH, seed: int = 0) -> Tensor:
+    return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def miss(a: Tensor, b: Tensor) -> float:
+    """The largest absolute difference; NaN counts as infinite."""
+    assert a.shape == b.shape
+    return float((a.double() - b.double()).abs().nan_to_num(torch.inf).max())
+
+
+def cached(lm: zoo.LM, ids: Tensor, prompt: int) -> Tensor:
+    """Logits (B, T - prompt + 1, V) after the prompt and after each further token, fed one by one."""
+    cache = lm.new_cache(len(ids), max_tokens=ids.shape[1])
+    out = [lm.prefill(ids[:, :prompt], cache)]
+    out += [lm.decode_step(ids[:, t], cache) for t in range(prompt, ids.shape[1])]
+    return torch.stack(out, 1)
+
+
+@dataclass
+class Pair:
+    """A checkpoint, and what transformers computes from it."""
+
+    folder: Path
+    ids: Tensor
+    expected: Tensor  # (B, T, V) float32
+
+    @staticmethod
+    @torch.no_grad()
+    def of(folder: Path, ids: Tensor) -> Pair:
+        return Pair(folder, ids, theirs(folder)(ids).logits)
+
+    def load(self) -> zoo.LM:
+        return zoo.load(str(self.folder), compile="off")
+
+    def misses(self, lm: zoo.LM, prompt: int = PROMPT) -> tuple[float, float]:
+        """Largest difference of a logit: in one pass, and through the cache."""
+        return miss(lm.logits(self.ids), self.expected), miss(cached(lm, self.ids, prompt), self.expected[:, prompt - 1 :])
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pair]:
+    """Variant -> its Pair, made once."""
+    made: dict[str, Pair] = {}
+
+    def make(variant: str) -> Pair:
+        if variant not in made:
+            folder = write(tmp_path_factory.mktemp("variant") / "model", **VARIANTS[variant])
+            made[variant] = Pair.of(folder, some_ids(json.loads((folder / "config.json").read_text())["vocab_size"]))
+        return made[variant]
+
+    return make
+
+
+# Tiny random models
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_are_those_of_transformers(pairs: Callable[[str], Pair], variant: str) -> None:
+    pair = pairs(variant)
+    assert 0.5 < pair.expected.std() < 5
+    once, stepwise = pair.misses(pair.load())
+    assert once < TOLERANCE
+    assert stepwise < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", ["tied", "biases", "head_dim", "llama 3.1"])
+def test_reads_what_transformers_writes(pairs: Callable[[str], Pair], variant: str, tmp_path: Path) -> None:
+    """`save_pretrained` spells the config its own way: rope_parameters, dtype, null for what is absent."""
+    pair = pairs(variant)
+    theirs(pair.folder).save_pretrained(tmp_path)
+    assert "rope_parameters" in json.loads((tmp_path / "config.json").read_text())
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(pair.folder / file, tmp_path)
+    assert max(replace(pair, folder=tmp_path).misses(zoo.load(str(tmp_path), compile="off"))) < TOLERANCE
+
+
+def test_reads_shards(pairs: Callable[[str], Pair], tmp_path: Path) -> None:
+    pair = pairs("biases")
+    theirs(pair.folder).save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(pair.folder / file, tmp_path)
+    assert miss(zoo.load(str(tmp_path), compile="off").logits(pair.ids), pair.expected) < TOLERANCE
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> tuple[dict[str, Any], int, int, int]:
+    """config.json of any Llama, batch, prompt length, length."""
+    G, R = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    config: dict[str, Any] = {
+        "num_attention_heads": G * R,
+        "num_key_value_heads": draw(st.sampled_from([G, None])) if R == 1 else G,
+        "head_dim": draw(st.sampled_from([16, 18, 24, 40, 64])),
+        "hidden_size": round(draw(st.integers(28, 40)) / (G * R)) * G * R,  # transformers wants a multiple of the heads
+        "intermediate_size": draw(st.integers(30, 120)),
+        "num_hidden_layers": draw(st.integers(2, 3)),
+        "vocab_size": draw(st.integers(400, 500)),
+        "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5, 1e-3, None])),
+        "rope_theta": draw(st.sampled_from([100.0, 10000, 1e6, None])),
+        "rope_scaling": draw(st.sampled_from([None, LLAMA3, {**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 16}])),
+        "tie_word_embeddings": draw(st.booleans()),
+        "attention_bias": draw(st.booleans()),
+        "mlp_bias": draw(st.booleans()),
+    }
+    prompt = draw(st.integers(1, 50))
+    return config, draw(st.integers(1, 3)), prompt, prompt + draw(st.integers(0, 20))
+
+
+@given(drawn=shapes())
+@settings(max_examples=15, derandomize=True, deadline=None)
+def test_logits_of_any_shape(tmp_path_factory: pytest.TempPathFactory, drawn: tuple[dict[str, Any], int, int, int]) -> None:
+    config, batch, prompt, length = drawn
+    folder = write(tmp_path_factory.mktemp("drawn") / "model", **config)
+    pair = Pair.of(folder, some_ids(config["vocab_size"], batch, length))
+    assert pair.expected.std() > 0.5
+    assert max(pair.misses(pair.load(), prompt)) < TOLERANCE
+
+
+# Mutants: one thing wrong, in one pass and through the cache alike
+
+Mutant = Callable[[pytest.MonkeyPatch, zoo.LM], None]
+
+
+def rope(change: Callable[[Rope], Rope]) -> Mutant:
+    """Other rotary options than the checkpoint's."""
+
+    def apply(_: pytest.MonkeyPatch, lm: zoo.LM) -> None:
+        lm.model.rotary = Rotary(lm.config.head_dim, change(lm.config.rope))
+
+    return apply
+
+
+def interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The other rotary layout: dimension 2i turns together with 2i + 1."""
+    halves = torch.cat((x[..., ::2], x[..., 1::2]), -1)
+    return torch.stack(turn(halves, cos, sin).chunk(2, -1), -1).flatten(-2)
+
+
+def turned(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Mutant:
+    return lambda patch, _: patch.setattr(llama, "turn", function)
+
+
+def attends(attend: Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor]) -> Mutant:
+    """`attend(cache, q, k, v, pos)` in place of cache.attend(q, k, v, pos)."""
+
+    class Around:
+        def __init__(self, cache: Any) -> None:
+            self.cache = cache
+
+        def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
+            return attend(self.cache, q, k, v, pos)
+
+    def apply(patch: pytest.MonkeyPatch, _: zoo.LM) -> None:
+        right = llama.Attention.forward
+        patch.setattr(llama.Attention, "forward", lambda self, x, cos, sin, pos, cache: right(self, x, cos, sin, pos, Around(cache)))
+
+    return apply
+
+
+def tiled(cache: Any, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
+    """Query head h reads kv head h % G, where it should be h // R."""
+    B, H, T, D = q.shape
+    G = k.shape[1]
+    out = cache.attend(q.view(B, H // G, G, T, D).transpose(1, 2).reshape(q.shape), k, v, pos)
+    return out.view(B, G, H // G, T, D).transpose(1, 2).reshape(q.shape)
+
+
+def unturned(cache: Any, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
+    return cache.attend(q, Rotary(k.shape[-1], Rope()).unrotate(k, pos), v, pos)
+
+
+def layer(forward: Callable[..., Tensor]) -> Mutant:
+    """`forward(layer, x, attention)` in place of a layer's own, where attention(x) is its self-attention."""
+
+    def apply(patch: pytest.MonkeyPatch, _: zoo.LM) -> None:
+        patch.setattr(llama.Layer, "forward", lambda self, x, *rest: forward(self, x, lambda y: self.self_attn(y, *rest)))
+
+    return apply
+
+
+def parallel(self: Any, x: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
+    """The mlp reads x from before the attention."""
+    return x + attention(self.input_layernorm(x)) + self.mlp(self.post_attention_layernorm(x))
+
+
+def normed(self: Any, x: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
+    """The residual carries the normed x."""
+    y = self.input_layernorm(x)
+    x = y + attention(y)
+    return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def swapped_norms(self: Any, x: Tensor, attention: Callable[[Tensor], Tensor]) -> Tensor:
+    x = x + attention(self.post_attention_layernorm(x))
+    return x + self.mlp(self.input_layernorm(x))
+
+
+def eps(value: float) -> Mutant:
+    def apply(patch: pytest.MonkeyPatch, lm: zoo.LM) -> None:
+        for module in lm.model.modules():
+            if hasattr(module, "eps"):
+                patch.setattr(module, "eps", value)
+
+    return apply
+
+
+def no_bias(name: str) -> Mutant:
+    def apply(patch: pytest.MonkeyPatch, lm: zoo.LM) -> None:
+        for path, module in lm.model.named_modules():
+            if path.endswith(name):
+                module.bias.zero_()
+
+    return apply
+
+
+def other_head(patch: pytest.MonkeyPatch, lm: zoo.LM) -> None:
+    """An output head of its own, where the checkpoint ties it to the embedding."""
+    weight = torch.randn(lm.model.lm_head.weight.shape, generator=torch.Generator().manual_seed(1)) * 0.3
+    lm.model.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+def mlp(forward: Callable[[Any, Tensor], Tensor]) -> Mutant:
+    return lambda patch, _: patch.setattr(llama.MLP, "forward", forward)
+
+
+MUTANTS: dict[str, tuple[str, Mutant]] = {
+    "rotary removed": ("grouped", turned(lambda x, cos, sin: x)),
+    "rotary on queries only": ("grouped", attends(unturned)),
+    "rotary turns the other way": ("grouped", turned(lambda x, cos, sin: turn(x, cos, -sin))),
+    "rotary layout": ("grouped", turned(interleaved)),
+    "theta x 100": ("grouped", rope(lambda r: replace(r, theta=100 * r.theta))),
+    "theta / 50": ("theta", rope(lambda r: replace(r, theta=10000.0))),
+    "theta of rope_parameters ignored": ("theta in rope_parameters", rope(lambda r: Rope())),
+    "llama 3.1 scaling ignored": ("llama 3.1", rope(lambda r: Rope(r.theta))),
+    "llama 3.1 scaling ignored in rope_parameters": ("llama 3.1 in rope_parameters", rope(lambda r: Rope(r.theta))),
+    "llama 3.1 scaling without the blend": (
+        "llama 3.1",
+        rope(lambda r: replace(r, scaling=replace(r.scaling, high_freq_factor=r.scaling.low_freq_factor + 1e-3)) if r.scaling else r),
+    ),
+    "heads tiled": ("grouped", attends(tiled)),
+    "heads tiled, groups of three": ("three of three", attends(tiled)),
+    "attention unscaled": ("grouped", attends(lambda cache, q, k, v, pos: cache.attend(q * q.shape[-1] ** 0.5, k, v, pos))),
+    "attention scaled by hidden size / heads": ("head_dim", attends(lambda cache, q, k, v, pos: cache.attend(2 * q, k, v, pos))),
+    "mlp beside attention": ("grouped", layer(parallel)),
+    "residual of the norm": ("grouped", layer(normed)),
+    "norms swapped": ("grouped", layer(swapped_norms)),
+    "last norm skipped": ("grouped", lambda patch, lm: patch.setattr(lm.model.model.norm, "forward", lambda x: x)),
+    "eps 1e-5 -> 1e-6": ("small embeddings", eps(1e-6)),
+    "gelu": ("grouped", mlp(lambda self, x: self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x)))),
+    "gate and up swapped": ("grouped", mlp(lambda self, x: self.down_proj(F.silu(self.up_proj(x)) * self.gate_proj(x)))),
+    "tied head ignored": ("tied", other_head),
+    **{f"bias of {name} dropped": ("biases", no_bias(f"{name}_proj")) for name in ("q", "k", "v", "o", "gate", "up", "down")},
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutants_are_caught(pairs: Callable[[str], Pair], mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    variant, apply = MUTANTS[mutant]
+    pair = pairs(variant)
+    lm = pair.load()
+    assert max(pair.misses(lm)) < TOLERANCE  # right before, and wrong only because of the mutant
+    apply(monkeypatch, lm)
+    once, stepwise = pair.misses(lm)
+    assert once > CAUGHT
+    assert stepwise > CAUGHT
+
+
+# bfloat16
+
+
+@torch.no_grad()
+def errors(lm: zoo.LM, folder: Path, ids: Tensor, prompt: int = PROMPT) -> tuple[float, float]:
+    """Mean absolute error of the logits in units of transformers' own in bfloat16: in one pass, and through the cache. True is float64."""
+    exact, low = theirs(folder, torch.float64)(ids).logits, (theirs(folder, torch.bfloat16)(ids).logits).double()
+    tail, unit = exact[:, prompt - 1 :], (low - exact).abs()
+    assert 1e-3 < unit.mean() < 0.1 * exact.std()
+    return (
+        float((lm.logits(ids) - exact).abs().mean() / unit.mean()),
+        float((cached(lm, ids, prompt) - tail).abs().mean() / unit[:, prompt - 1 :].mean()),
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bfloat16_is_as_precise_as_transformers(tmp_path: Path, seed: int) -> None:
+    folder = write(tmp_path / "model", **SMALL, dtype=torch.bfloat16, seed=seed, tie_word_embeddings=bool(seed % 2))
+    lm = zoo.load(str(folder), compile="off")
+    assert lm.dtype == torch.bfloat16
+    once, stepwise = errors(lm, folder, some_ids(lm.config.vocab_size, seed=seed))
+    assert once < 1.5
+    assert stepwise < 1.5
+
+
+def low_frequencies(patch: pytest.MonkeyPatch, lm: zoo.LM) -> None:
+    lm.model.rotary.inv_freq = lm.model.rotary.inv_freq.bfloat16().float()
+
+
+def low_positions(patch: pytest.MonkeyPatch, lm: zoo.LM) -> None:
+    right = lm.model.rotary.tables
+    patch.setattr(lm.model.rotary, "tables", lambda pos: right(pos.bfloat16()))
+
+
+def low_norm(patch: pytest.MonkeyPatch, lm: zoo.LM) -> None:
+    patch.setattr(RMSNorm, "forward", lambda self, x: self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)))
+
+
+LOW: dict[str, Mutant] = {"frequencies": low_frequencies, "positions": low_positions, "norm": low_norm}
+
+
+@pytest.mark.parametrize("mutant", LOW)
+def test_bfloat16_mutants_are_caught(tmp_path: Path, mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What must stay in float32, in bfloat16."""
+    folder = write(tmp_path / "model", **SMALL, dtype=torch.bfloat16)
+    lm = zoo.load(str(folder), compile="off")
+    LOW[mutant](monkeypatch, lm)
+    ids = some_ids(lm.config.vocab_size, length=300)
+    once, stepwise = errors(lm, folder, ids, prompt=290)
+    print(mutant, once, stepwise)
+    assert once > 1.5
+    assert stepwise > 1.5
+
+
+def test_frequencies_stay_float32(tiny: Path) -> None:
+    """bfloat16 is the parameters' dtype, by whatever way they got it."""
+    loaded, cast = (zoo.load(str(tiny), dtype=d, compile="off") for d in ("bfloat16", "float32"))
+    cast.model.to(torch.bfloat16)
+    assert loaded.model.rotary.inv_freq.dtype == cast.model.rotary.inv_freq.dtype == torch.float32
+    ids = some_ids(loaded.config.vocab_size)
+    assert torch.equal(loaded.logits(ids), cast.logits(ids))
+
+
+# One pass, chunks and single tokens
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 150])
+def test_chunks_give_what_one_pass_gives(tiny: Path, chunk: int) -> None:
+    lm = zoo.load(str(tiny), compile="off")
+    ids = some_ids(lm.config.vocab_size, length=150)
+    whole, cache = lm.logits(ids), lm.new_cache(len(ids))
+    with torch.no_grad():
+        parts = torch.cat([lm.model(piece, cache) for piece in ids.split(chunk, 1)], 1)
+    assert miss(parts, whole) < TOLERANCE
+    assert cache.tokens_seen.tolist() == [150, 150]
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 150])
+def test_a_forgotten_token_is_caught(tiny: Path, chunk: int) -> None:
+    """The comparison above sees that the last query misses the first key."""
+    lm = zoo.load(str(tiny), compile="off")
+    ids = some_ids(lm.config.vocab_size, length=150)
+    whole, cache = lm.logits(ids), lm.new_cache(len(ids))
+    for one in cache:
+        one.window = 149
+    with torch.no_grad():
+        parts = torch.cat([lm.model(piece, cache) for piece in ids.split(chunk, 1)], 1)
+    assert miss(parts[:, :-1], whole[:, :-1]) < TOLERANCE
+    assert miss(parts, whole) > CAUGHT
+
+
+# SmolLM2-135M
+
+
+@pytest.fixture(scope="module")
+def real(smollm2: Path) -> tuple[zoo.LM, Any]:
+    """The real model in float32, ours and theirs."""
+    return zoo.load(str(smollm2), dtype="float32", compile="off"), theirs(smollm2, attention="sdpa")
+
+
+@pytest.fixture(scope="module")
+def moby_dick(real: tuple[zoo.LM, Any], test_data: Path) -> list[int]:
+    """1,024 tokens of real text."""
+    text = (test_data / "moby-dick-first-half.txt").read_text(encoding="utf-8")[:10_000]
+    return real[0].tokenizer.encode(text)[:1024]
+
+
+def test_real_logits_are_those_of_transformers(real: tuple[zoo.LM, Any], moby_dick: list[int]) -> None:
+    lm, model = real
+    with torch.no_grad():
+        expected = model(torch.tensor([moby_dick])).logits
+    logits = lm.logits(moby_dick)
+    assert logits.shape == (1, 1024, 49152)
+    assert torch.equal(logits.argmax(-1), expected.argmax(-1))
+    assert (logits - expected).abs_().max() < 1e-3
+
+
+def test_real_greedy_tokens_are_those_of_transformers(real: tuple[zoo.LM, Any], moby_dick: list[int]) -> None:
+    """After a prompt of more than one chunk."""
+    lm, model = real
+    prompt = moby_dick[:600]
+    assert len(prompt) > CHUNK
+    expected = model.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)[0, len(prompt) :].tolist()
+    assert len(expected) == 64
+    assert [token for (token,) in lm.tokens([prompt], 64, sampler(0.0))] == expected
+
+
+@pytest.mark.parametrize("attn", ["full", "subgen"])
+def test_knows_the_capital_of_france(smollm2: Path, attn: str) -> None:
+    lm = zoo.load(str(smollm2), attn=attn, compile="off")
+    answer = lm.chat([{"role": "user", "content": "What is the capital of France? Answer in one sentence."}], 32)
+    assert "Paris" in answer
+    assert lm.stats.stopped_by == ["end token"]
+
+
+# Configs and imports
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"pretraining_tp": 2}, "pretraining_tp"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {**LLAMA3, "mscale": 1.0}}, "mscale"),
+        ({"rope_scaling": {k: v for k, v in LLAMA3.items() if k != "factor"}}, "factor"),
+        ({"num_key_value_heads": 3}, "kv heads"),
+        ({"head_dim": 15}, "head_dim"),
+        ({"sliding_window": 4096}, "sliding_window"),
+    ],
+)
+def test_refuses_what_it_does_not_compute(changes: dict[str, Any], named: str) -> None:
+    right = {**LLAMA, **SMALL, "vocab_size": 400}
+    llama.Config.from_dict(right)
+    with pytest.raises(ZooError, match=named):
+        llama.Config.from_dict({**right, **changes})
+
+
+def python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_import_brings_no_heavy_package() -> None:
+    heavy = {"transformers", "tokenizers", "triton", "torch._dynamo", "torch._inductor", "huggingface_hub", "hypothesis"}
+    assert not heavy & set(python("import sys, zoo; print(*sys.modules)").split())
+    assert heavy & set(python("import sys, zoo, torch._dynamo; print(*sys.modules)").split()) >= {"torch._dynamo"}
+
+
+def test_import_takes_little_longer_than_that_of_torch() -> None:
+    """The quickest of five: what else the machine does can only add to it."""
+    code = "import time, torch; start = time.perf_counter(); import zoo; print(time.perf_counter() - start)"
+    assert min(float(python(code)) for _ in range(5)) < 0.3
