@@ -1,6 +1,7 @@
 """Llama against `transformers` in numbers: tiny random models and the real one, and mutants that the same comparison must catch.
 
-A parity test is worth what it catches. So each has mutants: the same model with one thing wrong, which must miss by far more than the tolerance.
+A parity test is worth what it catches. So each has mutants: the same model with one thing wrong, which must miss by far more than
+the tolerance.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import zoo
 from zoo.errors import ZooError
 from zoo.lm import CHUNK
 from zoo.models import llama
-from zoo.models.layers import RMSNorm, Rope, Rotary, turn
+from zoo.models.layers import Rope, Rotary, turn
 from zoo.sampling import sampler
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +36,7 @@ CAUGHT = 100 * TOLERANCE  # what every mutant must miss by
 PROMPT, LENGTH = 40, 60  # tokens prefilled, and in all
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
-# Logits grow with the hidden size, and so do attention scores: with weights of std 0.3 a larger one is all softmax peaks and rounding noise.
+# Attention scores grow with the hidden size: with weights of std 0.3 a larger one makes softmax all peaks, which blow up rounding.
 SMALL: dict[str, Any] = {"hidden_size": 32, "head_dim": 16, "num_hidden_layers": 2}
 VARIANTS: dict[str, dict[str, Any]] = {
     "grouped": SMALL,
@@ -54,10 +55,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tiny matrices on one thread: where cores are shared, a second one takes forty times as long, waiting for its turn."""
+def one_thread() -> Iterator[None]:
+    """Where cores are shared, tiny operations on two threads take forty times as long: each waits for the other's turn."""
     before = torch.get_num_threads()
-    torch.set_num_threads(before if "smollm2" in request.fixturenames else 1)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
@@ -352,16 +353,18 @@ def test_mutants_are_caught(pairs: Callable[[str], Pair], mutant: str, monkeypat
 # bfloat16
 
 
+LONG = 1000  # positions that bfloat16 cannot count
+
+
 @torch.no_grad()
-def errors(lm: zoo.LM, folder: Path, ids: Tensor, prompt: int = PROMPT) -> tuple[float, float]:
-    """Mean absolute error of the logits in units of transformers' own in bfloat16: in one pass, and through the cache. True is float64."""
-    exact, low = theirs(folder, torch.float64)(ids).logits, (theirs(folder, torch.bfloat16)(ids).logits).double()
-    tail, unit = exact[:, prompt - 1 :], (low - exact).abs()
-    assert 1e-3 < unit.mean() < 0.1 * exact.std()
-    return (
-        float((lm.logits(ids) - exact).abs().mean() / unit.mean()),
-        float((cached(lm, ids, prompt) - tail).abs().mean() / unit[:, prompt - 1 :].mean()),
-    )
+def errors(lm: zoo.LM, folder: Path, seed: int) -> tuple[float, float]:
+    """Mean absolute error of logits against float64, in units of transformers' own in bfloat16: in one pass, and through the cache."""
+    ids, prompt = some_ids(lm.config.vocab_size, length=LONG, seed=seed), LONG - 5
+    exact, low = theirs(folder, torch.float64)(ids).logits, theirs(folder, torch.bfloat16)(ids).logits
+    error = (low - exact).abs()
+    assert 1e-3 < error.mean() < 0.1 * exact.std()
+    once, stepwise = (lm.logits(ids) - exact).abs(), (cached(lm, ids, prompt) - exact[:, prompt - 1 :]).abs()
+    return float(once.mean() / error.mean()), float(stepwise.mean() / error[:, prompt - 1 :].mean())
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -369,7 +372,7 @@ def test_bfloat16_is_as_precise_as_transformers(tmp_path: Path, seed: int) -> No
     folder = write(tmp_path / "model", **SMALL, dtype=torch.bfloat16, seed=seed, tie_word_embeddings=bool(seed % 2))
     lm = zoo.load(str(folder), compile="off")
     assert lm.dtype == torch.bfloat16
-    once, stepwise = errors(lm, folder, some_ids(lm.config.vocab_size, seed=seed))
+    once, stepwise = errors(lm, folder, seed)
     assert once < 1.5
     assert stepwise < 1.5
 
@@ -383,24 +386,14 @@ def low_positions(patch: pytest.MonkeyPatch, lm: zoo.LM) -> None:
     patch.setattr(lm.model.rotary, "tables", lambda pos: right(pos.bfloat16()))
 
 
-def low_norm(patch: pytest.MonkeyPatch, lm: zoo.LM) -> None:
-    patch.setattr(RMSNorm, "forward", lambda self, x: self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)))
-
-
-LOW: dict[str, Mutant] = {"frequencies": low_frequencies, "positions": low_positions, "norm": low_norm}
-
-
-@pytest.mark.parametrize("mutant", LOW)
-def test_bfloat16_mutants_are_caught(tmp_path: Path, mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What must stay in float32, in bfloat16."""
+@pytest.mark.parametrize("mutant", [low_frequencies, low_positions])
+def test_bfloat16_mutants_are_caught(tmp_path: Path, mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(tmp_path / "model", **SMALL, dtype=torch.bfloat16)
     lm = zoo.load(str(folder), compile="off")
-    LOW[mutant](monkeypatch, lm)
-    ids = some_ids(lm.config.vocab_size, length=300)
-    once, stepwise = errors(lm, folder, ids, prompt=290)
-    print(mutant, once, stepwise)
-    assert once > 1.5
-    assert stepwise > 1.5
+    mutant(monkeypatch, lm)
+    once, stepwise = errors(lm, folder, seed=0)
+    assert once > 2
+    assert stepwise > 2
 
 
 def test_frequencies_stay_float32(tiny: Path) -> None:
@@ -415,29 +408,26 @@ def test_frequencies_stay_float32(tiny: Path) -> None:
 # One pass, chunks and single tokens
 
 
+def chunked(lm: zoo.LM, ids: Tensor, chunk: int, window: int | None = None) -> Tensor:
+    """Logits (B, T, V) of `ids` fed `chunk` at a time; with a window, queries forget what lies further back."""
+    cache = lm.new_cache(len(ids))
+    for one in cache:
+        one.window = window
+    with torch.no_grad():
+        out = torch.cat([lm.model(piece, cache) for piece in ids.split(chunk, 1)], 1)
+    assert cache.tokens_seen.tolist() == [ids.shape[1]] * len(ids)
+    return out
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 64, 150])
 def test_chunks_give_what_one_pass_gives(tiny: Path, chunk: int) -> None:
     lm = zoo.load(str(tiny), compile="off")
     ids = some_ids(lm.config.vocab_size, length=150)
-    whole, cache = lm.logits(ids), lm.new_cache(len(ids))
-    with torch.no_grad():
-        parts = torch.cat([lm.model(piece, cache) for piece in ids.split(chunk, 1)], 1)
-    assert miss(parts, whole) < TOLERANCE
-    assert cache.tokens_seen.tolist() == [150, 150]
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 64, 150])
-def test_a_forgotten_token_is_caught(tiny: Path, chunk: int) -> None:
-    """The comparison above sees that the last query misses the first key."""
-    lm = zoo.load(str(tiny), compile="off")
-    ids = some_ids(lm.config.vocab_size, length=150)
-    whole, cache = lm.logits(ids), lm.new_cache(len(ids))
-    for one in cache:
-        one.window = 149
-    with torch.no_grad():
-        parts = torch.cat([lm.model(piece, cache) for piece in ids.split(chunk, 1)], 1)
-    assert miss(parts[:, :-1], whole[:, :-1]) < TOLERANCE
-    assert miss(parts, whole) > CAUGHT
+    assert miss(chunked(lm, ids, chunk), lm.logits(ids)) < TOLERANCE
+    # A cache that has lost the first ten tokens at the end is caught, there and nowhere else.
+    short = chunked(lm, ids, chunk, window=140)
+    assert miss(short[:, :140], lm.logits(ids)[:, :140]) < TOLERANCE
+    assert miss(short, lm.logits(ids)) > CAUGHT
 
 
 # SmolLM2-135M
@@ -456,6 +446,7 @@ def moby_dick(real: tuple[zoo.LM, Any], test_data: Path) -> list[int]:
     return real[0].tokenizer.encode(text)[:1024]
 
 
+@pytest.mark.slow
 def test_real_logits_are_those_of_transformers(real: tuple[zoo.LM, Any], moby_dick: list[int]) -> None:
     lm, model = real
     with torch.no_grad():
@@ -466,10 +457,11 @@ def test_real_logits_are_those_of_transformers(real: tuple[zoo.LM, Any], moby_di
     assert (logits - expected).abs_().max() < 1e-3
 
 
+@pytest.mark.slow
 def test_real_greedy_tokens_are_those_of_transformers(real: tuple[zoo.LM, Any], moby_dick: list[int]) -> None:
     """After a prompt of more than one chunk."""
     lm, model = real
-    prompt = moby_dick[:600]
+    prompt = moby_dick[:520]
     assert len(prompt) > CHUNK
     expected = model.generate(torch.tensor([prompt]), max_new_tokens=64, do_sample=False)[0, len(prompt) :].tolist()
     assert len(expected) == 64
@@ -515,11 +507,12 @@ def python(code: str) -> str:
 
 def test_import_brings_no_heavy_package() -> None:
     heavy = {"transformers", "tokenizers", "triton", "torch._dynamo", "torch._inductor", "huggingface_hub", "hypothesis"}
-    assert not heavy & set(python("import sys, zoo; print(*sys.modules)").split())
-    assert heavy & set(python("import sys, zoo, torch._dynamo; print(*sys.modules)").split()) >= {"torch._dynamo"}
+    brought = set(python("import sys, zoo; print(*sys.modules)").split())
+    assert {"torch", "zoo.lm"} <= brought
+    assert not heavy & brought
 
 
 def test_import_takes_little_longer_than_that_of_torch() -> None:
     """The quickest of five: what else the machine does can only add to it."""
     code = "import time, torch; start = time.perf_counter(); import zoo; print(time.perf_counter() - start)"
-    assert min(float(python(code)) for _ in range(5)) < 0.3
+    assert any(float(python(code)) < 0.3 for _ in range(5))

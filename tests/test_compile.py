@@ -1,0 +1,170 @@
+"""The compiled decode step: one graph, compiled once, the same numbers as eager; and when it is chosen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_llama
+
+import zoo
+from zoo import compiled
+from zoo.attention import parse
+from zoo.compiled import COLD, WARM, Step
+from zoo.errors import ZooError
+from zoo.lm import LM
+from zoo.sampling import Sampler, sampler
+
+pytestmark = pytest.mark.skipif(compiled.missing_tool() is not None, reason=f"torch.compile needs a C++ compiler: {compiled.missing_tool()}")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("compile") / "m", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def lm(folder: Path) -> LM:
+    return zoo.load(str(folder), compile="on")
+
+
+@pytest.fixture
+def one_graph() -> Iterator[None]:
+    """Any recompilation in the test is an error."""
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+
+
+def tokens(lm: LM, attn: str, prompt: int, new: int, choose: Sampler | None = None) -> list[int]:
+    lm.attn, lm.end_ids = parse(attn), frozenset()
+    ids = torch.randint(0, lm.config.vocab_size, (prompt,), generator=torch.Generator().manual_seed(prompt)).tolist()
+    return [t for (t,) in lm.tokens([ids], new, choose or sampler())]  # type: ignore[misc]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attn", ["full", "sliding:window=700", "subgen:budget=512"])
+def test_2000_tokens_compile_once(folder: Path, attn: str, one_graph: None) -> None:
+    """2,000 new tokens with the length known: one graph, no recompilation, past windows, budgets and block edges."""
+    from torch._dynamo.utils import counters
+
+    lm = zoo.load(str(folder), compile="on")
+    counters.clear()
+    got = tokens(lm, attn, 40, 2000)
+    assert len(got) == 2000
+    assert lm.step.ran == {"compiled": 1999, "eager": 0}
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attn", ["full", "sliding:window=50", "subgen:budget=300"])
+def test_compiled_equals_eager(lm: LM, attn: str) -> None:
+    """The same logits to 1e-4 for 150 steps from a prompt of 330 tokens, each step fed the same token."""
+    lm.attn = parse(attn)
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, lm.config.vocab_size, (1, 480), generator=g)
+    caches = [lm.new_cache(), lm.new_cache()]
+    for cache in caches:
+        lm.prefill(ids[:, :330], cache)
+    mode, ran = lm.step.mode, dict(lm.step.ran)
+    for t in range(330, 480):
+        lm.step.mode = "on"
+        a = lm.decode_step(ids[:, t], caches[0])
+        lm.step.mode = "off"
+        b = lm.decode_step(ids[:, t], caches[1])
+        assert (a - b).abs().max() < 1e-4
+    lm.step.mode = mode
+    assert lm.step.ran["compiled"] - ran["compiled"] == 150
+    assert lm.step.ran["eager"] - ran["eager"] == 150
+
+
+@pytest.mark.slow
+def test_other_prompts_and_growth_do_not_recompile(lm: LM) -> None:
+    """After the first generation with a method, other lengths and caches that outgrow their hint reuse the graph."""
+    tokens(lm, "full", 30, 10)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        tokens(lm, "full", 300, 100)
+        cache = lm.new_cache()  # no hint: the storage doubles on the way
+        lm.prefill([1, 2, 3], cache)
+        for t in range(400):
+            lm.decode_step(torch.tensor([t % 50]), cache)
+    assert cache.tokens_seen.tolist() == [403]
+
+
+@pytest.mark.slow
+def test_batches_compile_and_agree(lm: LM) -> None:
+    """A batch of two with different lengths, compiled, against each alone, eager."""
+    lm.attn = parse("full")
+    lm.end_ids = frozenset()
+    prompts = [list(range(3, 43)), list(range(50, 57))]
+    both = list(zip(*lm.tokens(prompts, 30, sampler()), strict=True))
+    lm.step.mode = "off"
+    alone = [[t for (t,) in lm.tokens([p], 30, sampler())] for p in prompts]
+    lm.step.mode = "on"
+    assert [list(x) for x in both] == alone
+
+
+def test_auto_is_by_the_tokens_to_come(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short answers run eagerly; long ones compile; the middle ones where this step was compiled before."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    lm = zoo.load(str(folder), compile="auto")
+    cache = lm.new_cache()
+    assert [lm.step.wanted(cache, n) for n in (100, WARM, COLD - 1, COLD)] == [False, False, False, True]
+    lm.step.note(cache).parent.mkdir(parents=True)
+    lm.step.note(cache).touch()
+    assert [lm.step.wanted(cache, n) for n in (100, WARM - 1, WARM, COLD)] == [False, False, True, True]
+    lm.attn = parse("subgen")
+    assert not lm.step.wanted(lm.new_cache(), WARM)  # another method is another graph
+    assert lm.generate("Call me", 5)
+    assert lm.step.ran == {"compiled": 0, "eager": 4}
+
+
+def test_without_a_compiler_one_line_and_eager(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Said once, and the answer is the eager one."""
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.delenv("CXX", raising=False)
+    lm = zoo.load(str(folder), compile="on")
+    with caplog.at_level(logging.WARNING, "zoo"):
+        text = lm.generate("Call me", 8)
+        assert lm.generate("Call me", 8) == text
+    assert [r.getMessage() for r in caplog.records] == ["torch.compile cannot run here: no C++ compiler (g++); decoding runs eagerly"]
+    assert lm.step.ran["compiled"] == 0
+
+
+def test_a_failing_compiler_falls_back(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """`auto` answers eagerly when compilation breaks, with one line; `on` says what broke."""
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("cc1plus: out of memory\nmore lines")
+
+    monkeypatch.setattr(compiled, "COLD", 1)
+    monkeypatch.setattr(torch, "compile", lambda f, **options: broken)
+    lm = zoo.load(str(folder), compile="auto")
+    with caplog.at_level(logging.WARNING, "zoo"):
+        text = lm.generate("Call me", 8)
+    assert [r.getMessage() for r in caplog.records] == ["torch.compile failed (cc1plus: out of memory); decoding runs eagerly"]
+    assert text == zoo.load(str(folder), compile="off").generate("Call me", 8)
+    with pytest.raises(RuntimeError, match="cc1plus"):
+        zoo.load(str(folder), compile="on").generate("Call me", 8)
+
+
+def test_unknown_mode() -> None:
+    """Names the known ones."""
+    with pytest.raises(ZooError, match="auto, on, off"):
+        Step(None, "fast", "")
+
+
+def test_nothing_global_is_set(folder: Path, tmp_path: Path) -> None:
+    """Importing and loading leave PyTorch's defaults alone."""
+    import subprocess
+    import sys
+
+    code = (
+        "import os, torch; before = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), dict(os.environ))\n"
+        f"import zoo; zoo.load({str(folder)!r}, compile='off').generate('Call me', 2)\n"
+        "assert before == (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), dict(os.environ))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
