@@ -4,15 +4,24 @@
     print(lm.generate("Once upon a time"))
 """
 
+import sys
+from types import ModuleType
+
+from zoo import models
 from zoo.attention import ATTENTION, options
 from zoo.checkpoint import KNOWN
 from zoo.errors import ZooError
 from zoo.lm import LM, load
 
 
-def models() -> list[str]:
-    """Names that `load` knows; any hub id or folder of an implemented family works too."""
-    return sorted(KNOWN)
+class _Models(ModuleType):
+    """`zoo.models` is the package of model families; called, it lists the names that `load` knows."""
+
+    def __call__(self) -> list[str]:
+        return sorted(KNOWN)  # any hub id or folder of an implemented family works too
+
+
+sys.modules[models.__name__].__class__ = _Models
 
 
 def attentions() -> dict[str, dict[str, object]]:

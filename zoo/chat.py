@@ -49,9 +49,7 @@ class Conversation:
             if self.cache is None:
                 self.cache = self.lm.new_cache()
             answer, tokens = "", Recorder(tokenizer.stream())
-            lm_stream = self.lm.stream(
-                ids, self.max_new_tokens, cache=self.cache, progress=cli.Progress(), decoder=tokens, **self.options
-            )
+            lm_stream = self.lm.stream(ids, self.max_new_tokens, cache=self.cache, progress=cli.Progress(), decoder=tokens, **self.options)
             for piece in lm_stream:
                 answer += piece
                 yield piece

@@ -33,7 +33,7 @@ def listing() -> str:
     from zoo.checkpoint import KNOWN, available
 
     lines = ["models (any hub id or folder of these families works too):"]
-    for name in zoo.models():
+    for name in zoo.models():  # type: ignore[operator]
         lines.append(f"  {name:16} {available(name) or '-':24} {KNOWN[name].hub_id}")
     lines += ["", "attention methods, their options and defaults:"]
     for name, options in zoo.attentions().items():

@@ -24,7 +24,7 @@ class Filter(Protocol):
 
 @dataclass(frozen=True)
 class RepetitionPenalty:
-    """Logits of tokens already in the sequence are divided by `penalty` where positive, multiplied where negative (CTRL, arXiv 1909.05858)."""
+    """Logits of tokens already in the sequence: positive ones are divided by `penalty`, others multiplied (CTRL, arXiv 1909.05858)."""
 
     penalty: float
 
