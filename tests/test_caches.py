@@ -23,7 +23,7 @@ EXACT = ["full", "sliding:window=5000", "subgen:budget=2000"]
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
-    return zoo.load(str(write_llama(tmp_path_factory.mktemp("caches") / "m", num_hidden_layers=2, hidden_size=48, head_dim=16)), compile="off")
+    return zoo.load(str(write_llama(tmp_path_factory.mktemp("caches") / "m", num_hidden_layers=2, hidden_size=32, head_dim=16)), compile="off")
 
 
 @pytest.fixture(scope="module")

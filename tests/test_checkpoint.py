@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -410,7 +411,7 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "closed"))
     (tmp_path / "closed").mkdir(mode=0o500)
     monkeypatch.setattr(embedded, "package", lambda: tmp_path / "some.gguf")
-    pytest.importorskip("gguf")
+    monkeypatch.setitem(sys.modules, "gguf", types.ModuleType("gguf"))
     with pytest.raises(ZooError, match="ZOO_CACHE"):
         embedded.folder()
 
@@ -502,6 +503,12 @@ def test_the_order_of_places(lonely: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert checkpoint.find(name).samefile(named)
     assert checkpoint.find(f"./weights/{name}").samefile(here)
     assert checkpoint.find(str(cached)) == cached
+    with pytest.raises(ZooError, match="revision"):
+        checkpoint.find(name, revision="main")
+    (lonely / name / "config.json").rename(lonely / "config.json")
+    with pytest.raises(ZooError, match=r"no config\.json"):
+        checkpoint.find(name)
+    (lonely / name).rename(lonely / "away")
     assert checkpoint.find(name, revision="main") == cached, "a revision is the hub's"
 
 
@@ -720,20 +727,27 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield embedded.folder()
 
 
-@pytest.fixture
-def quick(tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A conversion that leaves the tensors out, into tmp_path."""
-    monkeypatch.setattr(embedded, "_tensors", lambda reader, said: {"a": torch.ones(2)})
-    monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "zoo"))
-    return tmp_path / "zoo"
-
-
 QUICK = """
-import os, sys, time, torch
+import os, sys, time, types, torch
 from pathlib import Path
 from zoo import embedded
+reader = types.SimpleNamespace(fields={}, tensors=[])
+sys.modules["gguf"] = types.SimpleNamespace(GGUFReader=lambda path: reader)
+embedded.package = lambda: Path("some.gguf")
 embedded._tensors = lambda reader, said: {"a": torch.ones(2)}
+embedded._texts = lambda said: {file: {} for file in embedded.FILES if file.endswith("json")}
 """
+
+
+@pytest.fixture
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache folder, and a conversion that installs stand-ins for what is in the wheel: these tests need neither wheel nor gguf."""
+    monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "zoo"))
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    for name in ("package", "_tensors", "_texts"):
+        monkeypatch.setattr(embedded, name, getattr(embedded, name))  # noted down, so that they come back
+    exec(QUICK, {})
+    return tmp_path / "zoo"
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -846,14 +860,18 @@ def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_damaged_wheel_or_cache_is_one_line(tmp_path: Path, quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "half.gguf").write_bytes((embedded.package() or tmp_path).read_bytes()[:100_000])
+def test_a_damaged_wheel_is_one_line(tmp_path: Path, wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "zoo"))
+    (tmp_path / "half.gguf").write_bytes(wheel.read_bytes()[:100_000])
     monkeypatch.setattr(embedded, "package", lambda: tmp_path / "half.gguf")
     with pytest.raises(ZooError, match=r"half\.gguf") as e:
         embedded.folder()
     assert str(e.value).isprintable()
-    assert list(quick.iterdir()) == []
-    monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "half.gguf"))  # a file where the folder should be: also root cannot write there
+    assert list((tmp_path / "zoo").iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_made_is_one_line(tmp_path: Path, quick: Path) -> None:
+    quick.touch()  # a file where the folder should be: root cannot write there either
     with pytest.raises(ZooError, match="ZOO_CACHE") as e:
         embedded.folder()
     assert str(e.value).isprintable()
@@ -885,7 +903,11 @@ def test_the_embedded_model_is_the_one_hugging_face_describes(converted: Path) -
 
 
 TEXT = """The sea was calm in the morning, and the fishermen pulled their boats down to the water. Children ran along the beach, looking for
-shells, while their mothers talked about the price of bread. At noon the wind rose, and by the evening everybody had gone home to eat."""
+shells, while their mothers talked about the price of bread. At noon the wind rose, and by the evening everybody had gone home to
+eat. The next day an old man came from the city with a letter for the schoolmaster. He had walked for nine hours, and he would not
+sit down before it had been read aloud. It said that a new railway would be built along the coast, that the village would have a
+station of its own, and that every family could sell its fish in the capital on the day on which it was caught. Nobody said a word.
+Then the youngest of the fishermen laughed, and asked who would buy fish from people who had never seen a train."""
 
 
 @pytest.fixture(scope="module")
@@ -900,7 +922,7 @@ def test_its_logits_are_those_of_transformers(converted: Path, ids: Tensor) -> N
     with torch.inference_mode():
         expected = theirs(ids[:, :64]).logits
         got = load(converted, torch.float32)(ids[:, :64])
-    assert got.shape == (1, 64 if ids.shape[1] >= 64 else ids.shape[1], 49152)
+    assert got.shape == (1, 64, 49152)
     assert (got - expected).abs().max() <= 1e-3
 
 
@@ -917,8 +939,8 @@ def test_q_and_k_are_in_the_right_order(converted: Path, ids: Tensor) -> None:
         for p in (layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight):
             p.copy_(p.view(-1, 2, 32, 576).transpose(1, 2).reshape(p.shape))
     wrong = loss()
-    assert right < 4, f"{right:.2f} nats a token"
-    assert wrong > 5, f"{wrong:.2f} nats a token"
+    assert right < 3.5, f"{right:.2f} nats a token"  # 3.1 measured, and 4.5 for the wrong order
+    assert wrong > right + 1, f"{right:.2f} and {wrong:.2f} nats a token"
 
 
 @pytest.mark.slow

@@ -155,7 +155,7 @@ def one_line(said: Said, *fragments: str) -> None:
     """What bad input gets: exit code 2, one line on standard error, nothing on standard output."""
     assert said.code == 2, said
     assert said.out == ""
-    assert said.err.endswith("\n") and said.err.count("\n") == 1, said.err
+    assert re.fullmatch(r"[^\n]+\n", said.err), said.err
     assert said.err.startswith(("error: ", "python -m zoo."))
     assert "Traceback" not in said.err
     for fragment in fragments:
@@ -560,8 +560,8 @@ def test_chat_sampling(chat: Call) -> None:
 
 
 def test_chat_load_options(chat: Call, loaded: list[zoo.LM]) -> None:
-    argv = "--dtype bfloat16 --backend eager --attn sliding:window=16 --threads 2 --compile off --device cpu --max-new-tokens 3".split()
-    (turn,) = chat("--json", *argv, lines=LINES[:1]).turns
+    options = "--dtype bfloat16 --backend eager --attn sliding:window=16 --threads 2 --compile off --device cpu --max-new-tokens 3"
+    (turn,) = chat("--json", *options.split(), lines=LINES[:1]).turns
     assert (turn["dtype"], turn["backend"], turn["attn"], turn["compiled_steps"]) == ("bfloat16", "eager", "sliding:window=16", 0)
     assert torch.get_num_threads() == 2
     assert loaded[0].step.mode == "off"

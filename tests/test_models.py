@@ -420,8 +420,8 @@ def chunked(lm: zoo.LM, ids: Tensor, chunk: int, window: int | None = None) -> T
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 150])
-def test_chunks_give_what_one_pass_gives(tiny: Path, chunk: int) -> None:
-    lm = zoo.load(str(tiny), compile="off")
+def test_chunks_give_what_one_pass_gives(tmp_path: Path, chunk: int) -> None:
+    lm = zoo.load(str(write(tmp_path / "model", **SMALL)), compile="off")
     ids = some_ids(lm.config.vocab_size, length=150)
     assert miss(chunked(lm, ids, chunk), lm.logits(ids)) < TOLERANCE
     # A cache that has lost the first ten tokens at the end is caught, there and nowhere else.
@@ -489,6 +489,9 @@ def test_knows_the_capital_of_france(smollm2: Path, attn: str) -> None:
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0}}, "yarn"),
         ({"rope_scaling": {**LLAMA3, "mscale": 1.0}}, "mscale"),
         ({"rope_scaling": {k: v for k, v in LLAMA3.items() if k != "factor"}}, "factor"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_scaling": {"rope_type": "default", "factor": 4.0}}, "factor"),
+        ({"rope_scaling": LLAMA3, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_scaling"),
         ({"num_key_value_heads": 3}, "kv heads"),
         ({"head_dim": 15}, "head_dim"),
         ({"sliding_window": 4096}, "sliding_window"),

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from zoo.errors import ZooError
-from zoo.tokenizer import LETTERS, LLAMA3_SPLIT, Tokenizer
+from zoo.tokenizer import LETTERS, Tokenizer
 
 hf = pytest.importorskip("tokenizers", reason="compares with `tokenizers`, of the test extra")
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
@@ -125,6 +125,7 @@ def same_ids(mine: Tokenizer, theirs: Any, text: str) -> None:
 
 # --- byte-level BPE: small tokenizers trained here ---------------------------------------------------------------------------------------
 
+LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLIT = [pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
 DIGITS = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
 THREES = [
@@ -602,7 +603,9 @@ def test_tiktoken_format(tmp_path: Path) -> None:
 
     data = json.loads(trained("llama3").to_str())["model"]
     tokens = [bytes([b]) for b in range(256)] + [bytes(LETTERS[c] for c in a + b) for a, b in data["merges"]]
-    tokens = list(dict.fromkeys(tokens))
+    tokens = list(
+        dict.fromkeys([*tokens, b">\n", b"1234", b"\n\n", b"-the", b"\n  "])
+    )  # some that the splits allow, some that they prevent
     lines = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
     mine = with_model(tmp_path, lines)
     theirs = tiktoken.Encoding(
@@ -616,7 +619,7 @@ def test_tiktoken_format(tmp_path: Path) -> None:
     ] == [6, 7, 9, 255]
 
     def check(text: str) -> None:
-        text += "<|eot_id|>"
+        text += "x>\n12345-the\n\n  \n\n   y<|eot_id|>"
         assert mine.encode(text) == [base, *theirs.encode_ordinary(text)]
         assert mine.encode(text, bos=False, special=True) == theirs.encode(text, allowed_special="all")
         assert mine.decode(mine.encode(text)) == text

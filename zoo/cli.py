@@ -27,9 +27,7 @@ def parser(module: str, description: str) -> Parser:
     p.add_argument("--attn", default="full", help="attention method, such as full, sliding:window=1024, subgen:budget=25%%")
     p.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="the file's own unless given")
     p.add_argument("--device", default="cpu")
-    p.add_argument(
-        "--compile", default="auto", choices=["auto", "on", "off"], help="torch.compile of the decode step; auto: if that is sooner done"
-    )
+    p.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="torch.compile the decode step; auto: where it pays")
     p.add_argument("--backend", default="auto", help="how attention is computed: auto, eager, sdpa")
     p.add_argument("--threads", type=int, help="CPU threads; PyTorch's choice unless given")
     p.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")

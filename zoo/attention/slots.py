@@ -145,8 +145,9 @@ BACKENDS = {"eager": slot_attention, "sdpa": sdpa}
 
 
 def attention(q: Tensor, q_pos: Tensor, slots: Slots, backend: str = "auto") -> Tensor:
-    """`slot_attention`, computed by the backend of that name. `auto`: the formula itself for one new token, which Inductor fuses into two passes
-    over the slots, and for separate weights; SDPA for chunks."""
+    """`slot_attention`, computed by the backend of that name. `auto`: the formula itself in a compiled step, which Inductor fuses into two passes
+    over the slots, and for separate weights; else SDPA."""
     if backend == "auto":
-        backend = "eager" if q.shape[2] == 1 or slots.b is not None else "sdpa"
+        one_compiled = q.shape[2] == 1 and torch.compiler.is_compiling()
+        backend = "eager" if one_compiled or slots.b is not None else "sdpa"
     return BACKENDS[backend](q, q_pos, slots)  # type: ignore[return-value]

@@ -55,24 +55,24 @@ class Keys:
 
 def rope(keys: Keys) -> Rope:
     """Both spellings: `rope_theta` with `rope_scaling`, and the newer `rope_parameters` that holds both."""
-    new = keys.get("rope_parameters", dict, None)
     theta, scaling = keys.get("rope_theta", float, 10000.0), keys.get("rope_scaling", dict, None)
-    if new is not None:
-        theta, scaling = Keys(new).get("rope_theta", float, theta), {k: v for k, v in new.items() if k != "rope_theta"}
-    kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
-    if scaling is None or kind == "default":
-        return Rope(theta)
-    if kind != "llama3":
+    new = keys.get("rope_parameters", dict, None)
+    if new is not None and scaling is not None:
+        raise ZooError("config.json has both rope_scaling and rope_parameters; keep the one that the model was trained with")
+    inner = Keys(new or scaling or {})
+    theta = inner.get("rope_theta", float, theta)
+    kind = inner.get("rope_type", str, inner.get("type", str, "default"))
+    numbers = None
+    if kind == "llama3":
+        numbers = Llama3Scaling(
+            factor=inner.get("factor", float),
+            low_freq_factor=inner.get("low_freq_factor", float),
+            high_freq_factor=inner.get("high_freq_factor", float),
+            original_max_position_embeddings=inner.get("original_max_position_embeddings", int),
+        )
+        if numbers.high_freq_factor <= numbers.low_freq_factor:
+            raise ZooError("config.json: rope_scaling needs high_freq_factor > low_freq_factor")
+    elif kind != "default":
         raise ZooError(f"config.json: rotary scaling of type {kind!r} is not implemented; known: default, llama3")
-    inner = Keys(scaling)
-    inner.used |= {"rope_type", "type"}
-    numbers = Llama3Scaling(
-        factor=inner.get("factor", float),
-        low_freq_factor=inner.get("low_freq_factor", float),
-        high_freq_factor=inner.get("high_freq_factor", float),
-        original_max_position_embeddings=inner.get("original_max_position_embeddings", int),
-    )
-    if numbers.high_freq_factor <= numbers.low_freq_factor:
-        raise ZooError("config.json: rope_scaling needs high_freq_factor > low_freq_factor")
     inner.finish()
     return Rope(theta, numbers)
