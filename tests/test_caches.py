@@ -340,6 +340,7 @@ def test_nearest_prefers_the_first_of_equals() -> None:
     centres = torch.tensor([[[[5.0, 0.0], [1.0, 1e-7], [1.0, 0.0]]]])
     assert nearest(x, centres, torch.tensor([[[True, True, True]]])).item() == 1
     assert nearest(x, centres, torch.tensor([[[True, False, True]]])).item() == 2
+    assert nearest(x, centres, torch.tensor([[[True, False, False]]])).item() == 0
 
 
 def test_distances_are_between_unrotated_keys(lm: LM) -> None:
@@ -355,6 +356,44 @@ def test_distances_are_between_unrotated_keys(lm: LM) -> None:
     # k-center opens a centre per kind first and duplicates later: two clusters hold nearly everything
     assert (count[0, 0].topk(2).values.sum() / count[0, 0].sum()) > 0.8
     assert x.isfinite().all()
+
+
+def test_streaming_joins_by_unrotated_keys_and_uses_its_room(lm: LM) -> None:
+    """After the prompt too: every token that leaves the window joins the cluster of its own kind, and every cluster there is room for is opened."""
+    g = torch.Generator().manual_seed(2)
+    prompt = torch.randperm(300, generator=g)[:150]  # 150 different tokens: at the end of the prompt each old one is its own cluster
+    kinds = prompt[4:24]  # twenty of those early tokens come again
+    more = kinds[torch.randint(0, 20, (640,), generator=g)]
+    cache = new(lm, "subgen:budget=400")
+    lm.prefill(prompt[None], cache)
+    lm.model(more[None], cache)
+    s = cache[0].slots()
+    recent, clusters = layout(400)
+    rows = slice(1 + SINKS, 1 + SINKS + clusters)
+    assert (s.pos[0, :, rows] >= 0).all()  # all the room is used
+    # In layer 0 equal tokens have equal un-rotated keys and values: a cluster that holds one kind has that kind's value exactly.
+    with torch.no_grad():
+        attention = lm.model.model.layers[0]
+        v = attention.self_attn.v_proj(attention.input_layernorm(lm.model.model.embed_tokens(kinds))).view(20, 2, 16)
+    count = s.a[0, 0, rows].exp().round()  # type: ignore[index]
+    value = s.v[0, 0, rows]
+    pure = ((value[:, None] - v[:, 0]).norm(dim=-1).amin(1) < 1e-4) & (count > 1)
+    assert count[pure].sum() / count[count > 1].sum() > 0.9
+
+
+def test_a_ring_is_never_written_twice_at_once(lm: LM, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk longer than the window writes each row once: which of two writes wins is not defined."""
+    append, written = SlotStore.append, list[int]()
+
+    def watch(self: SlotStore, row: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> None:
+        rows = row[pos >= 0].tolist()
+        assert len(rows) == len(set(rows))
+        written.append(len(rows))
+        append(self, row, k, v, pos)
+
+    monkeypatch.setattr(SlotStore, "append", watch)
+    feed(lm, new(lm, "sliding:window=50"), ids[:1, :300], 200, 200)
+    assert max(written) == 50
 
 
 def test_slot_store_verbs() -> None:

@@ -201,6 +201,8 @@ def test_json_figures_agree_with_reality(generate: Call, loaded: list[zoo.LM], t
     assert lm.cache is not None
     assert f["cache_bytes_allocated"] == lm.cache.nbytes().allocated >= f["cache_bytes_used"]
     assert 0.2 <= f["first_token_seconds"] <= wall
+    assert f["prefill_tokens_per_second"] == round(n / lm.stats.prefill_seconds, 1)
+    assert f["decode_tokens_per_second"] == round(8 / lm.stats.decode_seconds, 1)
     assert n / wall < f["prefill_tokens_per_second"] <= n / 0.2 + 0.1
     assert 8 / wall < f["decode_tokens_per_second"] <= 8 / (8 * 0.02) + 0.1
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -298,6 +300,9 @@ def test_stop_ends_before_the_text(generate: Call) -> None:
     assert said.last["new_tokens"] < 20
     both = generate(PROMPT, "--max-new-tokens", "20", "--stop", late, "--stop", middle, "--stop", "never said", "--json").last["answers"][0]
     assert both == whole[: min(whole.find(middle), whole.find(late))]
+    tail = middle[-2:]  # both are complete with the same token: the one that starts first counts
+    assert whole.find(tail) > whole.find(middle)
+    assert generate(PROMPT, "--max-new-tokens", "20", "--stop", tail, "--stop", middle).out[:-1] == whole.partition(middle)[0]
     assert generate(PROMPT, "--max-new-tokens", "20", "--stop", "never said").out[:-1] == whole
 
 
@@ -637,6 +642,16 @@ def test_chat_goes_on_after_a_turn_that_is_too_long(chat: Call, calls: Calls, lm
     assert second["answer"] == lm.chat(messages, 4)
 
 
+def test_a_conversation_fills_the_context(chat: Call, calls: Calls, tmp_path: Path) -> None:
+    """What earlier turns put into the cache counts, not only the new one."""
+    n = len(chat("--max-new-tokens", "4", "--json", lines=LINES[:1]) and calls.pop()[0])
+    folder = write_llama(tmp_path, max_position_embeddings=n + 10)
+    said = chat("--model", folder, "--max-new-tokens", "4", "--json", lines=[LINES[0], "x"])
+    assert len(said.turns) == 1
+    assert len(calls[1][0]) < n + 10  # alone it would fit
+    assert f"error: the prompt is {n + 3 + len(calls[1][0])} tokens; this model's context holds {n + 10}" in said.err
+
+
 def test_chat_takes_a_message_back_when_interrupted(lm: zoo.LM) -> None:
     talk = zoo.chat.Conversation(lm, None, 20, {})
     first = "".join(talk.say(LINES[0]))
@@ -871,7 +886,8 @@ def test_other_errors_are_not_swallowed() -> None:
 # Real processes
 
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+# Buffered, as it is for users: what a failed write leaves in the buffer must not fail again when the interpreter ends.
+ENV = {**{k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}, "OMP_NUM_THREADS": "1"}
 
 
 def shell(*argv: str | Path, **kw: Any) -> subprocess.CompletedProcess[str]:

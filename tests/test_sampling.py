@@ -403,18 +403,19 @@ def test_one_prompt_several_times_gives_several_answers(lm: zoo.LM) -> None:
 def test_tokens_are_what_the_formula_draws(lm: zoo.LM) -> None:
     """Each token = argmax(filtered logits + noise(seed, 0, position)) over the logits of a pass without any cache."""
     ids = lm.tokenizer.encode(LONG)
-    choose = sampler(temperature=0.9, top_k=40, repetition_penalty=1.3)
-    got = [step[0] for step in lm.tokens([ids], 16, choose, seed=9)]
-    context, expected = list(ids), list[int]()
-    for _ in range(16):
-        x = lm.logits(context)[:, -1]
-        seen = torch.zeros_like(x, dtype=torch.bool)
-        seen[0, context] = True
-        for f in (RepetitionPenalty(1.3), Temperature(0.9), TopK(40)):
-            x = f(x, seen)
-        x = x + gumbel(9, torch.tensor([[0]]), torch.tensor([[len(context)]]), torch.arange(x.shape[-1]))
-        context.append(int(x.argmax()))
-        expected.append(context[-1])
-        if context[-1] in lm.end_ids:
-            break
-    assert got == expected
+
+    def formula(penalise_new: bool) -> list[int]:
+        context = list(ids)
+        while len(context) < len(ids) + 16 and context[-1] not in lm.end_ids:
+            x = lm.logits(context)[:, -1]
+            seen = torch.zeros_like(x, dtype=torch.bool)
+            seen[0, context if penalise_new else ids] = True
+            for f in (RepetitionPenalty(9.0), Temperature(3.0), TopK(4)):
+                x = f(x, seen)
+            x = x + gumbel(9, torch.tensor([[0]]), torch.tensor([[len(context)]]), torch.arange(x.shape[-1]))
+            context.append(int(x.argmax()))
+        return context[len(ids) :]
+
+    choose = sampler(temperature=3.0, top_k=4, repetition_penalty=9.0)
+    assert [step[0] for step in lm.tokens([ids], 16, choose, seed=9)] == formula(True)
+    assert formula(True) != formula(False), "no token came back: this test would not see that new ones are left out"

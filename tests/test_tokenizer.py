@@ -603,9 +603,7 @@ def test_tiktoken_format(tmp_path: Path) -> None:
 
     data = json.loads(trained("llama3").to_str())["model"]
     tokens = [bytes([b]) for b in range(256)] + [bytes(LETTERS[c] for c in a + b) for a, b in data["merges"]]
-    tokens = list(
-        dict.fromkeys([*tokens, b">\n", b"1234", b"\n\n", b"-the", b"\n  "])
-    )  # some that the splits allow, some that they prevent
+    tokens = list(dict.fromkeys([*tokens, b">\n", b"1234", b"\n\n", b"-the", b"\n  "]))  # allowed by the splits, and not
     lines = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
     mine = with_model(tmp_path, lines)
     theirs = tiktoken.Encoding(
