@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 torch.set_num_threads(1)  # tiny models: a second thread costs more in waiting than it computes
 
 CORPUS = (
-    "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse, and nothing particular to interest me "
-    "on shore, I thought I would sail about a little and see the watery part of the world. It is a way I have of driving off the spleen and "
-    "regulating the circulation. 12 345 6789 naïve café — “quotes” 漢字 \U0001f40b "
+    "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse, and nothing particular to "
+    "interest me on shore, I thought I would sail about a little and see the watery part of the world. It is a way I have of driving off "
+    "the spleen and regulating the circulation. 12 345 6789 naïve café — “quotes” 漢字 \U0001f40b "
 ) * 4
 
 TEMPLATE = (

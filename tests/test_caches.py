@@ -23,7 +23,9 @@ EXACT = ["full", "sliding:window=5000", "subgen:budget=2000"]
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
-    return zoo.load(str(write_llama(tmp_path_factory.mktemp("caches") / "m", num_hidden_layers=2, hidden_size=32, head_dim=16)), compile="off")
+    return zoo.load(
+        str(write_llama(tmp_path_factory.mktemp("caches") / "m", num_hidden_layers=2, hidden_size=32, head_dim=16)), compile="off"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def feed(lm: LM, cache: Caches, ids: Tensor, prompt: int, chunk: int) -> Tensor:
 @pytest.mark.parametrize("attn", METHODS)
 @pytest.mark.parametrize("chunk", [1, 7, 64, 100])
 def test_chunks_change_nothing(lm: LM, ids: Tensor, attn: str, chunk: int) -> None:
-    """Decoding one by one == in chunks == in one pass: past the window, past the ring's wrap, past block edges, from an odd prompt length."""
+    """Decoding one by one == in chunks == in one pass: past the window, the ring's wrap and block edges, from an odd prompt length."""
     whole, parts = new(lm, attn), new(lm, attn)
     expected = feed(lm, whole, ids[:1, :520], 330, 1000)
     assert (feed(lm, parts, ids[:1, :520], 330, chunk) - expected).abs().max() < 1e-4
@@ -323,7 +325,7 @@ def test_k_center_is_greedy_farthest_point() -> None:
             centres = [points[0]]
             while len(centres) < min(int(most[b]), len(points)):
                 far = lambda i: min(float((x[b, h, i] - x[b, h, c]).norm()) for c in centres)  # noqa: B023, E731
-                centres.append(max((i for i in points if i not in centres), key=lambda i: (round(far(i), 2), -i)))  # noqa: B023
+                centres.append(max((i for i in points if i not in centres), key=lambda i: (round(far(i), 2), -i)))
             assert (label[b, h][~alive[b, h]] == -1).all()
             assert sorted(label[b, h][points].unique().tolist()) == list(range(len(centres)))
             radius = max(min(float((x[b, h, i] - x[b, h, c]).norm()) for c in centres) for i in points)
@@ -344,7 +346,7 @@ def test_nearest_prefers_the_first_of_equals() -> None:
 
 
 def test_distances_are_between_unrotated_keys(lm: LM) -> None:
-    """The same token repeated has one un-rotated key in layer 0, so that it forms one cluster there, wherever it stood; rotated keys would not."""
+    """The same token repeated has one un-rotated key in layer 0, so it forms one cluster, wherever it stood; rotated, it would not."""
     ids = torch.full((1, 600), 5)
     ids[0, ::3] = 9
     cache = new(lm, "subgen:budget=256")
@@ -359,7 +361,7 @@ def test_distances_are_between_unrotated_keys(lm: LM) -> None:
 
 
 def test_streaming_joins_by_unrotated_keys_and_uses_its_room(lm: LM) -> None:
-    """After the prompt too: every token that leaves the window joins the cluster of its own kind, and every cluster there is room for is opened."""
+    """After the prompt too: a token that leaves the window joins the cluster of its kind, and all clusters with room are opened."""
     g = torch.Generator().manual_seed(2)
     prompt = torch.randperm(300, generator=g)[:150]  # 150 different tokens: at the end of the prompt each old one is its own cluster
     kinds = prompt[4:24]  # twenty of those early tokens come again
@@ -368,7 +370,7 @@ def test_streaming_joins_by_unrotated_keys_and_uses_its_room(lm: LM) -> None:
     lm.prefill(prompt[None], cache)
     lm.model(more[None], cache)
     s = cache[0].slots()
-    recent, clusters = layout(400)
+    _, clusters = layout(400)
     rows = slice(1 + SINKS, 1 + SINKS + clusters)
     assert (s.pos[0, :, rows] >= 0).all()  # all the room is used
     # In layer 0 equal tokens have equal un-rotated keys and values: a cluster that holds one kind has that kind's value exactly.

@@ -26,7 +26,8 @@ import zoo.chat
 import zoo.cli
 import zoo.generate
 import zoo.lm
-from zoo.sampling import RepetitionPenalty
+from zoo.chat import Conversation
+from zoo.sampling import RepetitionPenalty, sampler
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "Call me Ishmael. Some years ago"
@@ -847,11 +848,12 @@ def test_no_standard_input_at_all(tiny: Path, capsys: pytest.CaptureFixture[str]
     one_line(Said(code, *capsys.readouterr()), "standard input is closed")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything, so there is no file without permission")
 def test_no_permission(generate: Call, tmp_path: Path) -> None:
     file, folder = tmp_path / "secret.txt", write_llama(tmp_path / "model")
     file.write_text("text")
     file.chmod(0)
+    if os.access(file, os.R_OK):
+        pytest.skip("root may read everything, so there is no file without permission")
     one_line(generate("--file", file), "cannot read", "Permission denied")
     (folder / "model.safetensors").chmod(0)
     one_line(generate("--model", folder, PROMPT), "model.safetensors", "ermission denied")
@@ -970,3 +972,24 @@ def test_no_compiler(tiny: Path, lm: zoo.LM, tmp_path: Path) -> None:
     assert told == "torch.compile cannot run here: no C++ compiler (g++); decoding runs eagerly"
     assert FIGURES.fullmatch(rest)
     assert "compiled" not in rest
+
+
+def test_chat_repetition_penalty_counts_the_whole_conversation(tiny: Path) -> None:
+    """Continuing a cache with its tokens as context answers as reading everything at once does, and chat passes every token it has read."""
+    lm = zoo.load(str(tiny), dtype="float32", compile="off")
+    lm.end_ids = frozenset()
+    choose = sampler(repetition_penalty=5.0)
+    first, second = list(range(5, 30)), [40, 41, 42]
+    cache = lm.new_cache()
+    lm.prefill(first, cache)
+    kept = list(lm.tokens([second], 12, choose, cache=cache.clone(), context=first))
+    assert kept == list(lm.tokens([first + second], 12, choose))
+    assert kept != list(lm.tokens([second], 12, choose, cache=cache))
+    talk = Conversation(lm, None, 12, {"repetition_penalty": 5.0})
+    "".join(talk.say("Call me Ishmael"))
+    assert talk.cache is not None
+    assert len(talk.read) == int(talk.cache.tokens_seen) + 1  # the last new token is not fed yet
+    other = Conversation(lm, None, 12, {"repetition_penalty": 5.0})
+    "".join(other.say("Call me Ishmael"))
+    other.read = []
+    assert "".join(other.say("and then?")) != "".join(talk.say("and then?"))

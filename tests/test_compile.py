@@ -18,7 +18,9 @@ from zoo.errors import ZooError
 from zoo.lm import LM
 from zoo.sampling import Sampler, sampler
 
-pytestmark = pytest.mark.skipif(compiled.missing_tool() is not None, reason=f"torch.compile needs a C++ compiler: {compiled.missing_tool()}")
+pytestmark = pytest.mark.skipif(
+    compiled.missing_tool() is not None, reason=f"torch.compile needs a C++ compiler: {compiled.missing_tool()}"
+)
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,8 @@ def test_readme_command(command: str, tiny: Path, capsys: pytest.CaptureFixture[
     monkeypatch.chdir(ROOT)
     stdin = SimpleNamespace(buffer=io.BytesIO(b"from standard input"), isatty=lambda: False, readline=iter(["hello\n", ""]).__next__)
     monkeypatch.setattr(sys, "stdin", stdin)
-    monkeypatch.setattr("builtins.input", lambda lines=iter(["hello", "/stats", "/exit"]): next(lines))
+    lines = iter(["hello", "/stats", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda: next(lines))
     module, argv = shlex.split(command)[2], shlex.split(command)[3:]
     extra = ["--model", str(tiny)]
     if module == "zoo.bench":

@@ -17,7 +17,9 @@ from zoo.errors import ZooError
 FEW = settings(max_examples=40, deadline=None, derandomize=True)
 
 
-def make(seed: int, S: int, T: int = 3, B: int = 2, G: int = 2, R: int = 3, D: int = 16, weights: str = "ab", big: float = 1.0) -> tuple[Tensor, Tensor, Slots]:
+def make(
+    seed: int, S: int, T: int = 3, B: int = 2, G: int = 2, R: int = 3, D: int = 16, weights: str = "ab", big: float = 1.0
+) -> tuple[Tensor, Tensor, Slots]:
     """Random q, q_pos, slots in float64; about a fifth of the slots are empty."""
     g = torch.Generator().manual_seed(seed)
     rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731

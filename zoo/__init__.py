@@ -1,7 +1,7 @@
 """zoo: language models to read, hack and run, with the attention's memory as a part you swap by name.
 
-    lm = zoo.load("smollm2-135m", attn="subgen")
-    print(lm.generate("Once upon a time"))
+lm = zoo.load("smollm2-135m", attn="subgen")
+print(lm.generate("Once upon a time"))
 """
 
 import sys

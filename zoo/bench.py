@@ -1,9 +1,9 @@
 """python -m zoo.bench: milliseconds per generated token, against `transformers` on the same weights where it is installed.
 
-Runs are interleaved, so that a busy machine is busy for everyone; medians and quartiles are over whole generations. What bounds the two phases:
-prefill multiplies matrices by matrices and is bound by arithmetic; decode multiplies each weight with one vector, so it is bound by reading the
-weights once a token, and the keys and values of the cache once more. `GB/s` counts the weights alone: at short contexts they are nearly all.
-The last line is one JSON object.
+Runs are interleaved, so that a busy machine is busy for everyone; medians and quartiles are over whole generations. What bounds the two
+phases: prefill multiplies matrices by matrices and is bound by arithmetic; decode multiplies each weight with one vector, so it is bound by
+reading the weights once a token, and the keys and values of the cache once more. `GB/s` counts the weights alone: at short contexts they
+are nearly all. The last line is one JSON object.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ class Conversation:
         """Drop the cache; the next turn reads the conversation again."""
         self.cache: Caches | None = None
         self.text = ""  # what the cache stands for, as the template renders it
+        self.read: list[int] = []  # the tokens behind `text`, for the repetition penalty
         self.unread: list[int] = []  # the last answer's final token, when it was cut before the cache had seen it
 
     def say(self, message: str) -> Iterator[str]:
@@ -49,8 +50,8 @@ class Conversation:
             if self.cache is None:
                 self.cache = self.lm.new_cache()
             answer, tokens = "", Recorder(tokenizer.stream())
-            lm_stream = self.lm.stream(ids, self.max_new_tokens, cache=self.cache, progress=cli.Progress(), decoder=tokens, **self.options)
-            for piece in lm_stream:
+            kept: dict[str, Any] = {"cache": self.cache, "context": self.read, "decoder": tokens, "progress": cli.Progress()}
+            for piece in self.lm.stream(ids, self.max_new_tokens, **kept, **self.options):
                 answer += piece
                 yield piece
         except BaseException:
@@ -58,7 +59,7 @@ class Conversation:
             self.forget()
             raise
         self.messages.append({"role": "assistant", "content": answer})
-        self.text = text + answer
+        self.text, self.read = text + answer, [*self.read, *ids, *tokens.ids]
         # The last new token was never fed: an end token stands in the next turn's text, any other must be read then.
         self.unread = tokens.ids[-1:] if self.lm.stats.stopped_by != ["end token"] else []
         if self.lm.stats.stopped_by == ["stop string"]:

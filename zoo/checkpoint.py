@@ -289,7 +289,9 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as e:
-        raise ZooError(one_line(f"{path} is missing")) from e
+        # safetensors says "not found" of any file that it cannot open
+        denied = path.exists() and not os.access(path, os.R_OK)
+        raise ZooError(one_line(f"{path}: Permission denied" if denied else f"{path} is missing")) from e
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as e:  # too deep a JSON is a RuntimeError, too
         raise ZooError(one_line(f"{path}: {getattr(e, 'strerror', None) or e or type(e).__name__}")) from e
 

@@ -1,7 +1,7 @@
 """The decode step under torch.compile: one full graph, compiled once, kept on disk between runs.
 
-Whether compiling pays is a question of how many tokens follow. Measured on 2 cores with SmolLM2-135M (docs/log.md): a compiled step takes about half
-the time of an eager one, compiling takes about 7 s where Inductor's cache is warm and 40 s where it is cold. `auto` compiles when the
+Whether compiling pays is a question of how many tokens follow: a compiled step takes about half the time of an eager one, but the first
+one takes seconds where Inductor's cache is warm, and most of a minute where it is cold (figures in docs/log.md). `auto` compiles when the
 tokens still to come earn that back.
 """
 
@@ -107,7 +107,7 @@ class Step:
             return False
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(inductor_folder()))  # PyTorch's default is in /tmp, lost at reboot
         weights = "L['self']"
-        self.compiled = torch.compile(
+        self.compiled = torch.compile(  # type: ignore[call-overload]
             self.eager,
             fullgraph=True,
             isolate_recompiles=True,  # several models in one process must not count against one another's recompilations

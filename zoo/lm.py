@@ -52,7 +52,13 @@ class LM:
     """lm.model, lm.config, lm.tokenizer, lm.attn; see zoo.load."""
 
     def __init__(
-        self, model: Any, tokenizer: Tokenizer, attn: Attention, end_ids: frozenset[int], compile: str | bool = "auto", backend: str = "auto"
+        self,
+        model: Any,
+        tokenizer: Tokenizer,
+        attn: Attention,
+        end_ids: frozenset[int],
+        compile: str | bool = "auto",
+        backend: str = "auto",
     ) -> None:
         if backend not in ("auto", *BACKENDS):
             raise ZooError(f"backend {backend!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")
@@ -87,7 +93,11 @@ class LM:
 
     @torch.no_grad()
     def prefill(
-        self, ids: Tensor | Sequence[int], cache: Caches, lengths: Sequence[int] | None = None, progress: Callable[[int, int], None] | None = None
+        self,
+        ids: Tensor | Sequence[int],
+        cache: Caches,
+        lengths: Sequence[int] | None = None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Feed a prompt, or a chat's next turn: ids (B, T) int64, right-padded where lengths (B,) says so -> logits (B, V) float32 after
         each sequence's last token. Calls progress(done, total) after each chunk. Raises ZooError for an empty prompt."""
@@ -140,6 +150,7 @@ class LM:
         cache: Caches | None = None,
         progress: Callable[[int, int], None] | None = None,
         stopped: Callable[[int], bool] = lambda sequence: False,
+        context: Sequence[int] = (),
     ) -> Iterator[list[int | None]]:
         """The loop under generate, stream and chat: for each step the new token of every sequence, None once it has ended.
         `stopped(sequence)` is asked after each token. With a cache, the prompts continue it. Fills self.stats."""
@@ -166,7 +177,7 @@ class LM:
         if choose.needs_seen:
             seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=self.device)
             for i, prompt in enumerate(prompts):
-                seen[i, torch.tensor(prompt, device=self.device)] = True
+                seen[i, torch.tensor([*context, *prompt], device=self.device)] = True
         number = torch.arange(B, device=self.device)
         alive = [True] * B
 
@@ -212,14 +223,16 @@ class LM:
         stop: Sequence[str] = (),
         cache: Caches | None = None,
         progress: Callable[[int, int], None] | None = None,
+        context: Sequence[int] = (),
         decoder: Any = None,
     ) -> Iterator[str]:
-        """The answer to one prompt (text or token ids) in pieces, never half a UTF-8 character. Ends at an end token, before a stop string, or after
-        max_new_tokens. With a cache, the prompt continues it. `decoder` stands in for the tokenizer's own streaming decoder."""
+        """The answer to one prompt (text or token ids) in pieces, never half a UTF-8 character. Ends at an end token, before a stop
+        string, or after max_new_tokens. With a cache, the prompt continues it, and `context` is what the cache has read, for the repetition
+        penalty. `decoder` stands in for the tokenizer's own streaming decoder."""
         choose = sampler(temperature, top_k, top_p, min_p, repetition_penalty)
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         text = StopText(decoder or self.tokenizer.stream(), stop)
-        for (token,) in self.tokens([ids], max_new_tokens, choose, seed, cache, progress, lambda _: text.stopped):
+        for (token,) in self.tokens([ids], max_new_tokens, choose, seed, cache, progress, lambda _: text.stopped, context):
             if token is not None and token not in self.end_ids:
                 yield text.push(token)
         yield text.finish()
@@ -255,7 +268,8 @@ class LM:
             yield i, text.finish()
 
     def chat(self, messages: list[dict[str, str]], max_new_tokens: int = 512, **options: Any) -> str:
-        """The answer to a conversation [{"role": "user", "content": "..."}], by the checkpoint's own chat template. Options as in `stream`."""
+        """The answer to a conversation [{"role": "user", "content": "..."}], by the checkpoint's own chat template. Options as in
+        `stream`."""
         return "".join(self.stream(self.tokenizer.chat(messages), max_new_tokens, **options))
 
 
@@ -296,14 +310,16 @@ def load(
 ) -> LM:
     """A model by name (zoo.models()), hub id or folder, ready to generate.
 
-    attn: `name:option=value,...` (zoo.attentions()). dtype: as in the file unless given (bfloat16, float16, float32). compile: auto, on or off.
-    backend: how attention is computed (auto, eager, sdpa). Raises ZooError with one line that says what to do.
+    attn: `name:option=value,...` (zoo.attentions()). dtype: as in the file unless given (bfloat16, float16, float32). compile: auto, on or
+    off. backend: how attention is computed (auto, eager, sdpa). Raises ZooError with one line that says what to do.
     """
     method = parse(attn)
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ZooError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
+    if str(device) == "meta":
+        raise ZooError("device 'meta' holds no numbers; choose cpu or a GPU")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:

@@ -21,8 +21,8 @@ def options(method: type[Attention]) -> dict[str, tuple[type, object]]:
 
 
 def parse(spelling: str | Attention) -> Attention:
-    """`"sliding:window=4096"` -> Sliding(window=4096); an Attention is returned as it is. Raises ZooError for an unknown name or option, listing the
-    known ones, and for a value that is out of bounds, naming the bound."""
+    """`"sliding:window=4096"` -> Sliding(window=4096); an Attention is returned as it is. Raises ZooError for an unknown name or option,
+    listing the known ones, and for a value that is out of bounds, naming the bound."""
     if isinstance(spelling, Attention):
         return spelling
     name, colon, rest = spelling.strip().partition(":")
@@ -44,7 +44,9 @@ def convert(name: str, key: str, kind: type, value: str) -> object:
     try:
         return Budget.parse(value) if kind is Budget else kind(value)
     except ValueError:
-        expected = "tokens such as 1024 or a share such as 25%" if kind is Budget else {"int": "a whole number"}.get(kind.__name__, kind.__name__)
+        expected = (
+            "tokens such as 1024 or a share such as 25%" if kind is Budget else {"int": "a whole number"}.get(kind.__name__, kind.__name__)
+        )
         raise ZooError(f"{name}: {key}={value!r} is not {expected}") from None
 
 

@@ -6,8 +6,8 @@
 
 A model call is split at the multiples of 64, so decoding one by one, in chunks, or in one pass gives the same state by construction.
 
-Letters: B batch, T new tokens, H query heads, G key/value heads, D head size, S slots. Positions are int64 (B, T), -1 = padding: never cached,
-never seen. Keys are cached after the rotary embedding, at their true position; nothing is re-indexed when slots move.
+Letters: B batch, T new tokens, H query heads, G key/value heads, D head size, S slots. Positions are int64 (B, T), -1 = padding: never
+cached, never seen. Keys are cached after the rotary embedding, at their true position; nothing is re-indexed when slots move.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -132,7 +132,8 @@ class Cache(nn.Module):
         raise NotImplementedError
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
-        """q (B, H, T, D), k, v (B, G, T, D), rotated, at pos (B, T) -> out (B, H, T, D). New tokens see the cache, and each other causally."""
+        """q (B, H, T, D), k, v (B, G, T, D), rotated, at pos (B, T) -> out (B, H, T, D). New tokens see the cache, and each other
+        causally."""
         self.store.append(self.row(pos), k, v, pos)
         return attention(q, pos, self.store.read(self.window), self.backend)
 
@@ -184,6 +185,11 @@ class Caches(nn.ModuleList):
         self.max_tokens: int | None = None  # how long sequences are expected to get
         self.room = 0  # tokens that fit before a cache must be asked again
         self.register_buffer("tokens_seen", torch.zeros(batch, dtype=torch.int64, device=device))
+
+    if TYPE_CHECKING:  # what a ModuleList of caches yields
+
+        def __iter__(self) -> Iterator[Cache]: ...
+        def __getitem__(self, index: int) -> Cache: ...  # type: ignore[override]
 
     @property
     def batch(self) -> int:
@@ -298,7 +304,8 @@ class Caches(nn.ModuleList):
             for n, t in tensors.items()
         )
         if meta.get("kind") != self.kind() or not fits:
-            raise ZooError(f"{path} holds another cache ({meta.get('kind', 'unknown')}); this one is {self.kind()}: same model, method and batch are needed")
+            held = meta.get("kind", "unknown")
+            raise ZooError(f"{path} holds another cache ({held}); this one is {self.kind()}: same model, method and batch are needed")
         for name, t in tensors.items():
             module, _, leaf = name.rpartition(".")
             setattr(self.get_submodule(module), leaf, t)

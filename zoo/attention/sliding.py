@@ -20,6 +20,8 @@ from zoo.errors import ZooError
 
 
 class SlidingCache(FullCache):
+    window: int  # type: ignore[assignment]
+
     def __init__(self, window: int, *args: Any) -> None:
         super().__init__(*args)
         self.window = window

@@ -1,4 +1,4 @@
-"""The one formula. A cache holds slots; slot j has a key k_j, a value v_j, log-weights a_j (numerator) and b_j (denominator) and a position:
+"""The one formula. A cache holds slots; slot j has a key k_j, a value v_j, log-weights a_j (numerator), b_j (denominator) and a position:
 
     out(q) = sum_j exp(s q.k_j + a_j) v_j  /  sum_j exp(s q.k_j + b_j)          s = 1/sqrt(D)
 
@@ -8,13 +8,14 @@ weighs nothing. A query with no slot at all gets out = 0.
 Letters: B batch, T new tokens, H query heads, G key/value heads (R = H/G query heads share one), D head size, S slots.
 
 `slot_attention` below is the definition of correct: readable, in float32 (float64 for float64 inputs). `sdpa` is the same function through
-PyTorch's fused kernel. A sum over slots can be taken in parts: each part is carried unnormalised with its own maxima, `merge` adds two, `finish` divides.
+PyTorch's fused kernel. A sum over slots can be taken in parts: each part is carried unnormalised with its own maxima, `merge` adds two,
+`finish` divides.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +58,7 @@ def visible(q_pos: Tensor, slots: Slots) -> Tensor:
 
 def scores(q: Tensor, q_pos: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
     """s q.k_j of every query head and slot, (B, G, R, T, S), and which are visible, broadcastable to it."""
-    B, H, T, D = q.shape
+    B, _, T, D = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
     q = q.to(wide).view(B, slots.k.shape[1], -1, T, D)  # query head h reads kv head h // R
     return q @ slots.k.to(wide)[:, :, None].mT * D**-0.5, visible(q_pos, slots)[:, :, None]
@@ -141,13 +142,13 @@ def sdpa(q: Tensor, q_pos: Tensor, slots: Slots) -> Tensor:
     return out.view(B, H, T, D) * (q_pos >= 0)[:, None, :, None]
 
 
-BACKENDS = {"eager": slot_attention, "sdpa": sdpa}
+BACKENDS: dict[str, Any] = {"eager": slot_attention, "sdpa": sdpa}
 
 
 def attention(q: Tensor, q_pos: Tensor, slots: Slots, backend: str = "auto") -> Tensor:
-    """`slot_attention`, computed by the backend of that name. `auto`: the formula itself in a compiled step, which Inductor fuses into two passes
-    over the slots, and for separate weights; else SDPA."""
+    """`slot_attention`, computed by the backend of that name. `auto`: the formula itself in a compiled step, which Inductor fuses into two
+    passes over the slots, and for separate weights; else SDPA."""
     if backend == "auto":
         one_compiled = q.shape[2] == 1 and torch.compiler.is_compiling()
         backend = "eager" if one_compiled or slots.b is not None else "sdpa"
-    return BACKENDS[backend](q, q_pos, slots)  # type: ignore[return-value]
+    return BACKENDS[backend](q, q_pos, slots)

@@ -2,22 +2,21 @@
 
     a cluster C of n tokens is one slot:  k = mean of k_i,  v = mean of v_i,  a = b = log n
     out(q) = softmax over [sinks; clusters; recent tokens] of (s q.k + a), times v
-The paper clusters keys online because similar keys get similar scores. After the rotary embedding keys of one meaning lie apart, so that
-clusters grow in step with the tokens; keys rotated *back* by their position do cluster. So distances are between un-rotated keys, while the slot
-shows the mean of the rotated ones: to first order, the score it gets is the mean score of its tokens.
+The paper clusters keys online because similar keys get similar scores. After the rotary embedding keys of one meaning lie apart, so
+that clusters grow in step with the tokens; keys rotated *back* by their position do cluster. So distances are between un-rotated keys,
+while the slot shows the mean of the rotated ones: to first order, the score it gets is the mean score of its tokens.
 
 slots: the first 4 tokens, exact; the last `recent` tokens, exact; everything between in clusters, nothing dropped.
-rule: at the end of a prompt, greedy k-center (farthest point first) on what is older than the recent window, old clusters included as weighted
-    points; afterwards, each block of 64 tokens that leaves the window opens clusters while there is room, then joins the nearest.
-exact when: budget >= 2 x tokens (one token a cluster; half of the difference pays for the features, below).
-cost: a decode step reads at most `budget` slots, whatever the length. Each cluster also keeps its mean un-rotated key, charged as half a slot.
-    The prompt itself is attended exactly and held until its end: the peak is that of `full`. k-center is O(clusters x tokens x D) a head.
+rule: at the end of a prompt, greedy k-center (farthest point first) on what is older than the recent window, old clusters included as
+    weighted points; afterwards, each block of 64 tokens that leaves the window opens clusters while there is room, then joins the nearest.
+exact when: budget >= 2 x tokens (one token a cluster; what is left pays for the features, below).
+cost: a decode step reads at most `budget` slots, whatever the length. Each cluster also keeps its mean un-rotated key, charged as half
+    a slot. The prompt is attended exactly and held until its end: the peak is that of `full`. k-center is O(clusters x tokens x D).
 A cluster carries the position of its newest token, and leaves a model's sliding window with it.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,12 +28,13 @@ from zoo.errors import ZooError
 
 SINKS = 4
 LEAST = 256  # slots; fewer leave no room for clusters beside sinks, recent window and pending ring
-TIE = 1e-4  # of a key's squared norm: distances this close are equal and the first wins, so that rounding does not decide between equal keys
+TIE = 1e-4  # of a key's squared norm: distances this close are equal and the first wins, so that rounding does not decide
+SHARE = Budget(25, percent=True)
 ROOM = 2**62  # "any number of tokens fits"
 
 
 def layout(budget: int) -> tuple[int, int]:
-    """Slots -> (recent tokens, clusters). A cluster costs 1.5 slots: key, value and feature. Row 0, sinks and the pending ring are paid first."""
+    """Slots -> (recent tokens, clusters). A cluster costs 1.5 slots: key, value, feature. Row 0, sinks and pending ring are paid first."""
     recent = round_up(budget // 8)
     return recent, (budget - 1 - SINKS - BLOCK - recent) * 2 // 3
 
@@ -216,7 +216,7 @@ class SubGen(Attention):
     """Clusters of un-rotated keys between sinks and a recent window. `budget`: slots a layer and head, at least 256; a share such as
     `25%` is of the tokens seen when a prompt ends."""
 
-    budget: Budget = Budget(25, percent=True)
+    budget: Budget = SHARE
 
     exact_when: ClassVar[str] = "budget >= 2 x tokens"
 
@@ -224,7 +224,9 @@ class SubGen(Attention):
         if self.budget.percent and not 0 < self.budget.number <= 200:
             raise ZooError(f"subgen: budget={self.budget} must be above 0% and at most 200%")
         if not self.budget.percent and not LEAST <= self.budget.number <= 2**31:
-            raise ZooError(f"subgen: budget={self.budget} must be at least {LEAST} slots: 4 sinks, 64 recent, 64 pending, the rest in clusters")
+            raise ZooError(
+                f"subgen: budget={self.budget} must be at least {LEAST} slots (4 sinks, 64 recent, 64 pending, clusters), at most {2**31}"
+            )
 
     def caches(
         self, config: Any, rotary: Any, batch: int, max_tokens: int | None, prompt_tokens: int | None, dtype: torch.dtype, device: Any

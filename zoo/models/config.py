@@ -13,9 +13,29 @@ from zoo.models.layers import Llama3Scaling, Rope
 
 # Said by every checkpoint, and of no consequence for the numbers this code computes.
 BOOKKEEPING = frozenset(
-    "architectures model_type torch_dtype dtype transformers_version use_cache initializer_range bos_token_id eos_token_id pad_token_id "
-    "_name_or_path attention_dropout is_llama_config transformers.js_config return_dict output_hidden_states output_attentions "
-    "problem_type id2label label2id chunk_size_feed_forward".split()
+    [
+        "architectures",
+        "model_type",
+        "torch_dtype",
+        "dtype",
+        "transformers_version",
+        "use_cache",
+        "initializer_range",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "_name_or_path",
+        "attention_dropout",
+        "is_llama_config",
+        "transformers.js_config",
+        "return_dict",
+        "output_hidden_states",
+        "output_attentions",
+        "problem_type",
+        "id2label",
+        "label2id",
+        "chunk_size_feed_forward",
+    ]
 )
 
 
@@ -50,7 +70,9 @@ class Keys:
         """Raises ZooError naming every key that nothing has accounted for."""
         unknown = sorted(set(self.raw) - self.used - ignored - BOOKKEEPING)
         if unknown:
-            raise ZooError(f"config.json has keys this code does not know: {', '.join(unknown)}; the model may need something that is not implemented")
+            raise ZooError(
+                f"config.json has keys this code does not know: {', '.join(unknown)}; the model may need something that is not implemented"
+            )
 
 
 def rope(keys: Keys) -> Rope:

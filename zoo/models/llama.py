@@ -29,7 +29,7 @@ from zoo.models.layers import Linear, RMSNorm, Rope, Rotary, run, spans, turn
 
 
 @dataclass(frozen=True)
-class Config:
+class LlamaConfig:
     """What a Llama is. Field names are those of config.json."""
 
     vocab_size: int
@@ -49,7 +49,7 @@ class Config:
     sliding_window = None  # Llama has none; caches ask every family
 
     @staticmethod
-    def from_dict(raw: Mapping[str, Any]) -> Config:
+    def from_dict(raw: Mapping[str, Any]) -> LlamaConfig:
         """Read config.json. Raises ZooError naming a key that is missing, wrong or not implemented."""
         keys = Keys(raw)
         keys.must("hidden_act", "silu")
@@ -59,7 +59,7 @@ class Config:
         kv_heads, head_dim = keys.get("num_key_value_heads", int, heads), keys.get("head_dim", int, hidden // heads)
         if heads % kv_heads or head_dim % 2:
             raise ZooError(f"config.json: {heads} heads must be a multiple of {kv_heads} kv heads, and head_dim={head_dim} must be even")
-        config = Config(
+        config = LlamaConfig(
             vocab_size=keys.get("vocab_size", int),
             hidden_size=hidden,
             intermediate_size=keys.get("intermediate_size", int),
@@ -79,7 +79,7 @@ class Config:
 
 
 class Attention(nn.Module):
-    def __init__(self, c: Config) -> None:
+    def __init__(self, c: LlamaConfig) -> None:
         super().__init__()
         self.head_dim = c.head_dim
         self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.attention_bias)
@@ -98,7 +98,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, c: Config) -> None:
+    def __init__(self, c: LlamaConfig) -> None:
         super().__init__()
         self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
         self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
@@ -109,7 +109,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, c: Config) -> None:
+    def __init__(self, c: LlamaConfig) -> None:
         super().__init__()
         self.self_attn = Attention(c)
         self.mlp = MLP(c)
@@ -124,7 +124,7 @@ class Layer(nn.Module):
 class Trunk(nn.Module):
     """Embedding, layers and last norm: everything a checkpoint calls `model.*`."""
 
-    def __init__(self, c: Config) -> None:
+    def __init__(self, c: LlamaConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
@@ -134,10 +134,10 @@ class Trunk(nn.Module):
 class Llama(nn.Module):
     """The whole model. `model(ids, cache)` -> logits (B, T, V) float32."""
 
-    Config = Config
+    Config = LlamaConfig
     ignored_tensors = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)  # old checkpoints store what the config implies
 
-    def __init__(self, c: Config) -> None:
+    def __init__(self, c: LlamaConfig) -> None:
         super().__init__()
         self.config = c
         self.model = Trunk(c)
