@@ -401,6 +401,20 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     refused(folder, "model-00002-of-00003.safetensors: ")
 
 
+def test_an_error_in_the_middle_leaves_the_model_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, names = checkpoint._tensor, []
+
+    def reading(path: Path, name: str) -> Tensor:
+        names.append(name)
+        if len(names) == 9:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path, name)
+
+    monkeypatch.setattr(checkpoint, "_tensor", reading)
+    refused(write(tmp_path), "model.safetensors: Input/output error")
+    assert len(names) == 9
+
+
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read and write everything")
 def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(tmp_path / "a")
@@ -816,8 +830,44 @@ def test_a_folder_that_lost_a_file_is_made_anew(quick: Path) -> None:
     folder = embedded.folder()
     for file in embedded.FILES:
         (folder / file).unlink()
-        assert embedded._whole(embedded.folder()), file
+        assert embedded.where() == "package", file
+        assert sorted(f.name for f in embedded.folder().iterdir()) == sorted(embedded.FILES)
         assert [f.name for f in quick.iterdir()] == [folder.name]
+
+
+def whole(folder: Path) -> Path:
+    folder.mkdir()
+    for file in embedded.FILES:
+        (folder / file).touch()
+    return folder
+
+
+def test_a_whole_folder_is_never_replaced(tmp_path: Path) -> None:
+    final, work = whole(tmp_path / "smollm2-135m"), whole(tmp_path / "work")
+    before = final.stat().st_ino
+    embedded._install(work, final)
+    assert final.stat().st_ino == before, "another process may have these files open"
+
+
+@pytest.mark.parametrize("other", ["has moved it away", "has put a whole one there"])
+def test_two_processes_mend_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: str) -> None:
+    final, work = whole(tmp_path / "smollm2-135m"), whole(tmp_path / "work")
+    (final / "config.json").unlink()
+    rename, calls = Path.rename, []
+
+    def renaming(path: Path, target: Path) -> Path:  # first work -> final, which is refused, then final -> aside, then work -> final
+        calls.append(path.name)
+        if len(calls) == 2 and other == "has moved it away":
+            rename(final, tmp_path / "away")
+        if len(calls) == 3 and other == "has put a whole one there":
+            whole(final)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", renaming)
+    embedded._install(work, final)
+    assert calls == ["work", "smollm2-135m", "work"]
+    assert sorted(f.name for f in final.iterdir()) == sorted(embedded.FILES)
+    assert not list(tmp_path.glob("*.tmp-*"))
 
 
 RACE = """
@@ -893,6 +943,11 @@ def test_the_embedded_model_is_the_one_hugging_face_describes(converted: Path) -
     }  # fmt: skip
     assert config == said
     assert checkpoint.generation_config(converted) == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    tokenizer = json.loads((converted / "tokenizer.json").read_text())
+    assert tokenizer["pre_tokenizer"] == {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, level]}
+    assert tokenizer["decoder"] == {**level, "add_prefix_space": True}
+    assert (len(tokenizer["model"]["vocab"]), len(tokenizer["model"]["merges"]), len(tokenizer["added_tokens"])) == (49152, 48900, 17)
     tokens = json.loads((converted / "tokenizer_config.json").read_text())
     assert (tokens["bos_token"], tokens["eos_token"], tokens["unk_token"]) == ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
     assert tokens["add_bos_token"] is False

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("compile") / "m", num_hidden_layers=2)
+    return write_llama(tmp_path_factory.mktemp("compile") / "m", num_hidden_layers=7)  # seven runs of one layer: one compiled, six reuse it
 
 
 @pytest.fixture(scope="module")

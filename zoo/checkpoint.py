@@ -4,7 +4,7 @@ A checkpoint is a folder with config.json, a tokenizer, and model.safetensors or
 names. Where both lie there, the index counts: only the files it names are fetched and read.
 
 Tensors are mapped, not read, and copied one by one into one buffer that holds the whole model: memory peaks at the model's bytes.
-The buffer asks the kernel for huge pages, since decoding reads every weight once per token, and page walks cost it several per cent.
+It asks the kernel for huge pages, since decoding reads every weight once per token, and page walks cost it several per cent.
 """
 
 from __future__ import annotations
@@ -88,8 +88,7 @@ def find(name: str, revision: str | None = None) -> Path:
 
 def available(name: str) -> str | None:
     """Where a known model is on this machine ("weights/...", "hub cache", "embedded (...)"), or None. Never touches the network."""
-    state = embedded.where() if name == embedded.NAME else None
-    hub = name in KNOWN and _cached(KNOWN[name].hub_id, None)
+    state, hub = name == embedded.NAME and embedded.where(), name in KNOWN and _cached(KNOWN[name].hub_id, None)
     return f"weights/{name}" if _weights(name) else "hub cache" if hub else f"embedded ({state})" if state else None
 
 
@@ -164,7 +163,7 @@ def generation_config(folder: Path) -> dict[str, Any]:
     """generation_config.json, or {} without one. `eos_token_id` is an int or a list of ints. Raises ZooError as `read_config` does."""
     raw = _json(path) if os.path.lexists(path := folder / "generation_config.json") else {}
     eos = raw.get("eos_token_id")
-    if any(type(e) is not int for e in (eos if isinstance(eos, list) else [eos])) and eos is not None:
+    if eos is not None and any(type(e) is not int for e in (eos if isinstance(eos, list) else [eos])):
         raise ZooError(one_line(f"{path}: eos_token_id is {eos!r}; expected a token id or a list of them"))
     return raw
 
@@ -202,11 +201,11 @@ def load_into(model: nn.Module, folder: Path, dtype: torch.dtype | None, device:
     tensors that are missing, unexpected (unless a regular expression in `model.ignored_tensors` matches the name), of another
     shape, or neither F32, F16 nor BF16: all of them in one message.
     """
-    if dtype is not None and not dtype.is_floating_point:
+    if dtype and not dtype.is_floating_point:
         raise ZooError(f"dtype {dtype} cannot hold weights; use float32, float16 or bfloat16")
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    first = {id(p): name for name, p in model.named_parameters()}
-    names = {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}  # every name -> the first for it
+    first = {p: name for name, p in model.named_parameters()}
+    names = {name: first[p] for name, p in model.named_parameters(remove_duplicate=False)}  # every name -> the first for it
     held, dtypes = _account(folder, names, shapes, getattr(model, "ignored_tensors", ()))
     dtype = dtype or _agreed(folder, dtypes)
     new, buffers = {}, _layout(shapes, dtype) if torch.device(device).type == "cpu" else {}
@@ -270,7 +269,7 @@ def _layout(shapes: Shapes, dtype: torch.dtype) -> dict[str, Tensor]:
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
         memory = mmap.mmap(-1, max(end, 1), **private)
     except (OSError, ValueError, OverflowError) as e:
-        raise ZooError(f"no memory for the model's {end / 1e9:.1f} GB in {dtype}: {one_line(e)}") from e
+        raise ZooError(f"no memory for the model's {end / 1e9:.1f} GB in {dtype}: {e}") from e
     with suppress(AttributeError, OSError):  # a system without huge pages: only speed is lost
         memory.madvise(mmap.MADV_HUGEPAGE)
     # One storage a parameter, each holding on to `memory`: torch.compile's nested regions refuse inputs that share a storage.
@@ -289,8 +288,7 @@ def _reading(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as e:
-        # safetensors says "not found" of any file that it cannot open
-        denied = path.exists() and not os.access(path, os.R_OK)
+        denied = path.exists() and not os.access(path, os.R_OK)  # safetensors says "not found" of any file that it cannot open
         raise ZooError(one_line(f"{path}: Permission denied" if denied else f"{path} is missing")) from e
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as e:  # too deep a JSON is a RuntimeError, too
         raise ZooError(one_line(f"{path}: {getattr(e, 'strerror', None) or e or type(e).__name__}")) from e

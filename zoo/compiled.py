@@ -110,6 +110,7 @@ class Step:
         self.compiled = torch.compile(  # type: ignore[call-overload]
             self.eager,
             fullgraph=True,
+            recompile_limit=64,  # one graph for each method and batch size
             isolate_recompiles=True,  # several models in one process must not count against one another's recompilations
             options={
                 # Weights never change shape or type: checking hundreds of them at each step costs about 1 ms a token.
@@ -121,12 +122,14 @@ class Step:
 
     def first(self, ids: Tensor, pos: Tensor, cache: Caches) -> Tensor:
         """The first step with this cache: the one that may compile. The number of rows of its tensors is left open, so that growing does
-        not recompile; Dynamo otherwise takes the shapes of buffers for constants."""
+        not recompile; Dynamo otherwise takes the shapes of buffers for constants. Nothing else is left open: it would also open whatever
+        differs from an earlier method's cache, which nested regions cannot bind."""
         assert self.compiled is not None
         for t in cache.buffers():
             if t.dim() >= 3:
                 torch._dynamo.maybe_mark_dynamic(t, 2)
-        with torch._dynamo.config.patch(force_parameter_static_shapes=False, force_nn_module_property_static_shapes=False):
+        static = ("force_parameter_static_shapes", "force_nn_module_property_static_shapes", "automatic_dynamic_shapes")
+        with torch._dynamo.config.patch(dict.fromkeys(static, False)):
             out = self.compiled(ids, pos, cache)
         self.marked.add(cache)
         return out

