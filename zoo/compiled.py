@@ -25,7 +25,7 @@ from zoo.errors import ZooError
 
 log = logging.getLogger("zoo")
 
-WARM, COLD = 300, 1500  # new tokens from which a compiled answer is finished first, with and without Inductor's cache on disk
+WARM, COLD = 350, 2000  # new tokens from which a compiled answer is finished first, with and without Inductor's cache on disk
 MODES = ("auto", "on", "off")
 
 

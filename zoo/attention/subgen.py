@@ -45,24 +45,30 @@ def k_center(x: Tensor, alive: Tensor, most: Tensor) -> Tensor:
     x (B, G, P, D) float, alive (B, G, P) bool, most (B,) -> labels (B, G, P) int64 from 0, -1 where not alive. With no more points
     than centres each point is its own cluster, duplicates too.
     """
-    far_away, taken = torch.inf, -1.0
-    dist = torch.where(alive, far_away, -torch.inf)
-    label = torch.full_like(dist, -1, dtype=torch.int64)
+    B, G, P, D = x.shape
+    if P == 0:
+        return torch.zeros(B, G, 0, dtype=torch.int64, device=x.device)
+    dist = torch.where(alive, torch.inf, -torch.inf)  # to the nearest centre so far, squared; -1 for a centre
     square = x.square().sum(-1)
-    tie = TIE * (square * alive).amax(-1, keepdim=True) if x.shape[2] else square
-    for j in range(int(most.max()) if x.shape[2] else 0):
+    tie = TIE * (square * alive).amax(-1, keepdim=True)
+    picks, opened = [], []
+    for _ in range(int(most.max())):
         top = dist.amax(-1, keepdim=True)
-        far = (dist >= top - tie).to(torch.uint8).argmax(-1, keepdim=True)
-        top = dist.gather(2, far)
-        opens = (top >= 0) & (j < most[:, None, None])  # (B, G, 1): false where every point is a centre already
-        centre = x.gather(2, far[..., None].expand(*far.shape, x.shape[3]))
-        d = (square - 2 * (x @ centre.mT)[..., 0] + square.gather(2, far)).clamp(min=0)
-        closer = opens & (d < dist - tie)
-        label = torch.where(closer, j, label)
-        dist = torch.where(closer, d, dist)
-        label.scatter_(2, far, torch.where(opens, j, label.gather(2, far)))
-        dist.scatter_(2, far, torch.where(opens, taken, top))
-    return label
+        far = (dist >= top - tie).to(torch.uint8).argmax(-1, keepdim=True)  # (B, G, 1)
+        picks.append(far)
+        opened.append(top >= 0)  # false where every point is a centre already
+        centre = x.gather(2, far[..., None].expand(B, G, 1, D))
+        d = square.gather(2, far) + torch.baddbmm(square.view(B * G, P, 1), x.view(B * G, P, D), centre.view(B * G, D, 1), alpha=-2).view(
+            B, G, P
+        )
+        dist = torch.minimum(dist, d.clamp_(min=0)).scatter_(2, far, -1.0)
+    far, valid = torch.cat(picks, 2), torch.cat(opened, 2) & (torch.arange(len(picks), device=x.device) < most[:, None, None])
+    centres = x.gather(2, far[..., None].expand(B, G, -1, D))
+    label = torch.cat([nearest(some, centres, valid) for some in x.split(1024, 2)], 2)  # a bounded piece of the distances at a time
+    own = torch.arange(far.shape[2], device=x.device).expand_as(far)
+    label = torch.cat((label, label[:, :, :1]), 2)  # one more place takes what does not count
+    label.scatter_(2, torch.where(valid, far, P), own)
+    return torch.where(alive, label[:, :, :P], -1)
 
 
 def nearest(x: Tensor, centres: Tensor, alive: Tensor) -> Tensor:
