@@ -24,9 +24,9 @@ $(VENV)/dev.stamp: $(VENV)/test.stamp
 demo: $(VENV)/demo.stamp
 	@echo "== the end of the prompt (docs/demo.txt):"; tail -n 1 docs/demo.txt; echo
 	@echo "== full attention: every key and value is kept"
-	@$(RUN) -m zoo.generate --attn full --max-new-tokens 60 --file docs/demo.txt
+	@$(RUN) -m zoo.generate --attn full --max-new-tokens 60 --repetition-penalty 1.15 --file docs/demo.txt
 	@echo "== subgen: old keys and values live on as clusters"
-	@$(RUN) -m zoo.generate --attn subgen --max-new-tokens 60 --file docs/demo.txt
+	@$(RUN) -m zoo.generate --attn subgen --max-new-tokens 60 --repetition-penalty 1.15 --file docs/demo.txt
 
 test: $(VENV)/test.stamp
 	$(RUN) -m pytest
