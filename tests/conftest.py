@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
-
-torch.set_num_threads(1)  # tiny models: a second thread costs more in waiting than it computes
 
 CORPUS = (
     "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse, and nothing particular to "
@@ -100,6 +99,15 @@ def write_llama(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0,
         tensors[name] = (t + 1 if "norm" in name else t).to(dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Where cores are shared, tiny operations on two threads take forty times as long: each waits for the other's turn."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -52,15 +52,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama 3.1 in rope_parameters": {**SMALL, "rope_parameters": {**LLAMA3, "rope_theta": 500000.0}, "rope_theta": None},
     "small embeddings": {**SMALL, "embeddings": 0.01},  # a mean square near eps, so that a wrong eps shows
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Where cores are shared, tiny operations on two threads take forty times as long: each waits for the other's turn."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def write(folder: Path, embeddings: float | None = None, **changes: Any) -> Path:
