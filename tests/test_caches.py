@@ -157,7 +157,13 @@ def test_load_refuses_another_cache(lm: LM, ids: Tensor, tmp_path: Path) -> None
     lm.prefill(ids[:1, :20], cache)
     cache.save(tmp_path / "c")
     (tmp_path / "text").write_text("hello")
-    for other, path in ((new(lm, "subgen"), "c"), (new(lm, "full", 2), "c"), (new(lm, "full"), "text"), (new(lm, "full"), "missing")):
+    for other, path in (
+        (new(lm, "sliding:window=50"), "c"),
+        (new(lm, "subgen"), "c"),
+        (new(lm, "full", 2), "c"),
+        (new(lm, "full"), "text"),
+        (new(lm, "full"), "missing"),
+    ):
         with pytest.raises(ZooError, match=path):
             other.load(tmp_path / path)
         assert other.tokens_seen.sum() == 0
@@ -416,6 +422,53 @@ def test_slot_store_verbs() -> None:
     store.move(torch.tensor([[0, 0, 3, 0, 1, 0, 0, 0, 0]]), 5)
     assert store.pos[0, 0].tolist() == [-1, 8, -1, 1, -1]
     assert torch.equal(store.k[0, :, 3], k[0, :, 1])
+
+
+def test_a_cluster_follows_its_tokens_in_bfloat16() -> None:
+    """The mean of a cluster that grows to thousands of tokens is their mean, though each step is smaller than bfloat16 can show."""
+    from types import SimpleNamespace
+
+    from zoo.models.layers import Rope, Rotary
+
+    config = SimpleNamespace(num_key_value_heads=1, head_dim=16, num_hidden_layers=1, sliding_window=None)
+    cache = SubGen(Budget(256)).caches(config, Rotary(16, Rope()), 1, None, None, torch.bfloat16, "cpu")
+    cache.end_prompt()
+    total = 0.0
+    for start in range(0, 20_000, 64):
+        value = torch.full((1, 1, 64, 16), 1.0 if start < 5000 else 1.5, dtype=torch.bfloat16)
+        pos = torch.arange(start, start + 64)[None]
+        cache[0].attend(torch.zeros_like(value), torch.ones_like(value), value, pos)
+        cache.advance(pos)
+        total += float(value[0, 0, :, 0].sum())
+    s = cache[0].slots()
+    count = (s.a.exp() * (s.pos >= 0)).round()  # type: ignore[union-attr]
+    assert count.sum() == cache.tokens_seen
+    mean = (count[..., None] * s.v.float()).sum(2) / count.sum()
+    assert (mean - total / int(cache.tokens_seen)).abs().max() < 0.01
+
+
+def test_loading_another_option_is_refused(lm: LM, ids: Tensor, tmp_path: Path) -> None:
+    """A window or budget of another size is another cache."""
+    cache = new(lm, "sliding:window=50")
+    lm.prefill(ids[:1, :100], cache)
+    cache.save(tmp_path / "c")
+    with pytest.raises(ZooError, match="window=64"):
+        new(lm, "sliding:window=64").load(tmp_path / "c")
+
+
+def test_decoding_ends_the_prompt(lm: LM, ids: Tensor) -> None:
+    """Without a prefill the budget binds as well."""
+    cache = new(lm, "subgen:budget=256")
+    for t in range(400):
+        lm.decode_step(ids[:1, t].tolist(), cache)
+    assert cache[0].store.rows <= 256
+
+
+def test_own_positions_without_a_cache(lm: LM, ids: Tensor) -> None:
+    """Left padding (-1) is not seen, with and without a cache."""
+    pos = torch.cat((torch.full((1, 5), -1), torch.arange(20)[None]), 1)
+    padded = lm.model(ids[:1, :25], pos=pos)
+    assert (padded[:, 5:] - lm.logits(ids[:1, 5:25])).abs().max() < 1e-4
 
 
 # Spelling

@@ -984,3 +984,12 @@ def test_chat_repetition_penalty_counts_the_whole_conversation(tiny: Path) -> No
     "".join(other.say("Call me Ishmael"))
     other.read = []
     assert "".join(other.say("and then?")) != "".join(talk.say("and then?"))
+
+
+def test_stop_may_be_one_string(tiny: Path) -> None:
+    """`stop="abc"` is one stop string, not three."""
+    lm = zoo.load(str(tiny), dtype="float32", compile="off")
+    text = str(lm.generate("Call me", 30))
+    stop = text[8:11]
+    assert lm.generate("Call me", 30, stop=stop) == lm.generate("Call me", 30, stop=[stop]) == text[: text.index(stop)]
+    assert any(letter in text[: text.index(stop)] for letter in stop) or text.index(stop) == 8

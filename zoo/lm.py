@@ -85,8 +85,11 @@ class LM:
 
     def new_cache(self, batch: int = 1, max_tokens: int | None = None, prompt_tokens: int | None = None) -> Caches:
         """An empty cache for `batch` sequences. max_tokens is a hint, not a limit; prompt_tokens is what `%` budgets are a share of."""
+        if batch < 1:
+            raise ZooError(f"batch={batch} must be at least 1")
         caches = self.attn.caches(self.config, self.model.rotary, batch, max_tokens, prompt_tokens, self.dtype, self.device)
         caches.max_tokens = max_tokens
+        caches.about = f"{self.attn} for {self.config} in {self.dtype}"
         for cache in caches:
             cache.backend = self.backend
         return caches
@@ -121,17 +124,22 @@ class LM:
         return self.model.logits(last)
 
     @torch.no_grad()
-    def decode_step(self, ids: Tensor, cache: Caches, pos: Tensor | None = None) -> Tensor:
+    def decode_step(self, ids: Tensor | Sequence[int], cache: Caches, pos: Tensor | None = None) -> Tensor:
         """ids (B,) or (B, 1) int64: the next token of each sequence -> logits (B, V) float32; the compiled form where compile is on.
         pos (B, 1) -1 leaves a sequence as it is."""
-        ids = ids.view(-1, 1)
+        ids = self.as_batch(torch.as_tensor(ids).view(-1, 1))
+        if cache.prompt_open:  # decoding begins: nothing more is held exactly than the method keeps
+            cache.end_prompt()
         to_come = (cache.max_tokens or 0) - int(cache.tokens_seen.min())
         for piece, where in cache.split(ids, pos):
             logits = self.step(piece, where, cache, to_come)
         return logits
 
     def as_batch(self, ids: Tensor | Sequence[int]) -> Tensor:
-        ids = torch.as_tensor(ids, dtype=torch.int64, device=self.device)
+        try:
+            ids = torch.as_tensor(ids, dtype=torch.int64, device=self.device)
+        except (TypeError, ValueError) as e:
+            raise ZooError(f"ids must be a tensor or a list of whole numbers, all rows of one length: {e}") from None
         ids = ids[None] if ids.dim() == 1 else ids
         if ids.dim() != 2 or ids.numel() == 0:
             raise ZooError(f"ids of shape {tuple(ids.shape)} are no batch of tokens; expected (B, T) with at least one token each")
@@ -162,7 +170,9 @@ class LM:
         seen_before = 0 if cache is None else int(cache.tokens_seen.max())
         need, most = seen_before + max(lengths), self.config.max_position_embeddings
         if need >= most:
-            raise ZooError(f"the prompt is {need} tokens; this model's context holds {most}, answer included: shorten it")
+            raise ZooError(
+                f"the prompt is {need} tokens; this model's context holds {most}, answer included: shorten it, or start a new conversation"
+            )
         max_new_tokens = min(max_new_tokens, most - need)
         if cache is None:
             cache = self.new_cache(B, max_tokens=need + max_new_tokens)
@@ -277,6 +287,7 @@ class StopText:
     """Streaming text that ends before the first stop string: what might be the start of one is held back until it is not."""
 
     def __init__(self, stream: Any, stop: Sequence[str]) -> None:
+        stop = (stop,) if isinstance(stop, str) else stop
         if not all(stop):
             raise ZooError("a stop string is empty; leave it out instead")
         self.stream, self.stop, self.held, self.stopped = stream, tuple(stop), "", False

@@ -2,7 +2,8 @@
 
     RepetitionPenalty -> Temperature -> TopK -> TopP -> MinP -> a draw (or the largest logit, when there is no Temperature)
 
-The draw adds Gumbel noise that is a function of (seed, sequence, position), so the answer to one prompt does not depend on its batch.
+The draw adds Gumbel noise that is a function of (seed, sequence, position), so an answer depends on its place in the batch, and not on
+the other prompts.
 """
 
 from __future__ import annotations

@@ -135,7 +135,11 @@ class Cache(nn.Module):
         """q (B, H, T, D), k, v (B, G, T, D), rotated, at pos (B, T) -> out (B, H, T, D). New tokens see the cache, and each other
         causally."""
         self.store.append(self.row(pos), k, v, pos)
-        return attention(q, pos, self.store.read(self.window), self.backend)
+        return attention(q, pos, self.read(), self.backend)
+
+    def read(self) -> Slots:
+        """What queries see."""
+        return self.store.read(self.window)
 
     def reserve(self, tokens: int, exactly: bool) -> int:
         """Make room for a sequence of `tokens` tokens, doubling unless `exactly`. -> the tokens that now fit."""
@@ -163,13 +167,14 @@ class Cache(nn.Module):
 
 
 class NoCache:
-    """What a model call without a cache attends with: one exact causal pass that remembers nothing."""
+    """What a model call without a cache attends with: one exact causal pass that remembers nothing. `positions`: compare positions, for
+    calls that brought their own (padding, gaps)."""
 
-    def __init__(self, window: int | None = None) -> None:
-        self.window = window
+    def __init__(self, window: int | None = None, positions: bool = False) -> None:
+        self.window, self.positions = window, positions
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
-        if self.window is not None:
+        if self.window is not None or self.positions:
             return attention(q, pos, Slots(k, v, pos[:, None], window=self.window))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
@@ -182,6 +187,7 @@ class Caches(nn.ModuleList):
     def __init__(self, caches: Sequence[Cache], batch: int, device: Any, blocks: bool = False) -> None:
         super().__init__(caches)
         self.blocks = blocks  # whether anything happens at the multiples of BLOCK; if not, calls are not split
+        self.about = ""  # method, model and dtype: what a saved state must share with the cache that loads it
         self.max_tokens: int | None = None  # how long sequences are expected to get
         self.room = 0  # tokens that fit before a cache must be asked again
         self.register_buffer("tokens_seen", torch.zeros(batch, dtype=torch.int64, device=device))
@@ -211,7 +217,7 @@ class Caches(nn.ModuleList):
         return self.tokens_seen[:, None] + torch.arange(tokens, device=self.tokens_seen.device)
 
     def begin_prompt(self, lengths: Sequence[int]) -> None:
-        """A prompt or chat turn of these lengths comes: room is made at once, and `%` budgets learn what they are a share of."""
+        """A prompt or chat turn of these lengths comes: room is made at once, and it is held exactly until `end_prompt`."""
         self.prompt_open = True
         self.room = max(int(n) + m for n, m in zip(self.tokens_seen.tolist(), lengths, strict=True))
         self.room = min(cache.reserve(self.room, exactly=True) for cache in self)
@@ -313,7 +319,7 @@ class Caches(nn.ModuleList):
 
     def kind(self) -> str:
         """What a saved state must share with the cache that loads it."""
-        return f"{type(self[0]).__name__}, {len(self)} layers, batch {self.batch}"
+        return f"{self.about or type(self[0]).__name__}, {len(self)} layers, batch {self.batch}"
 
 
 @dataclass(frozen=True)

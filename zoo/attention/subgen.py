@@ -24,7 +24,9 @@ import torch
 from torch import Tensor
 
 from zoo.attention.cache import BLOCK, Attention, Budget, Cache, Caches, SlotStore, round_up
+from zoo.attention.slots import Slots
 from zoo.errors import ZooError
+from zoo.random import uniform
 
 SINKS = 4
 LEAST = 256  # slots; fewer leave no room for clusters beside sinks, recent window and pending ring
@@ -46,13 +48,13 @@ def k_center(x: Tensor, alive: Tensor, most: Tensor) -> Tensor:
     than centres each point is its own cluster, duplicates too.
     """
     B, G, P, D = x.shape
-    if P == 0:
-        return torch.zeros(B, G, 0, dtype=torch.int64, device=x.device)
+    if not bool(alive.any()):
+        return torch.full((B, G, P), -1, dtype=torch.int64, device=x.device)
     dist = torch.where(alive, torch.inf, -torch.inf)  # to the nearest centre so far, squared; -1 for a centre
     square = x.square().sum(-1)
     tie = TIE * (square * alive).amax(-1, keepdim=True)
     picks, opened = [], []
-    for _ in range(int(most.max())):
+    for _ in range(min(int(most.max()), int(alive.sum(-1).max()))):
         top = dist.amax(-1, keepdim=True)
         far = (dist >= top - tie).to(torch.uint8).argmax(-1, keepdim=True)  # (B, G, 1)
         picks.append(far)
@@ -87,6 +89,21 @@ def sums(label: Tensor, values: Tensor, clusters: int) -> Tensor:
     return total.scatter_add_(2, bins, values)[:, :, :clusters]
 
 
+def rounded(mean: Tensor, dtype: torch.dtype, pos: Tensor, which: int) -> Tensor:
+    """mean (B, G, M, D) float32 in a shorter dtype, rounded up or down at random so that the expectation is the mean: the mean of a large
+    cluster moves by less than half a step of bfloat16 a block, and rounded to nearest it would stand still. The draw is a function of the
+    cluster's newest position (B, G, M), row, head and dimension."""
+    near = mean.to(dtype)
+    if dtype in (torch.float32, torch.float64):
+        return near
+    error = mean - near.float()
+    other = torch.nextafter(near, torch.where(error > 0, torch.inf, -torch.inf).to(dtype))
+    _, G, M, D = mean.shape
+    index = [torch.arange(n, device=mean.device) for n in (G, M, D)]
+    noise = uniform(which, pos[..., None].long(), index[0][:, None, None], index[1][:, None], index[2])
+    return torch.where(noise * (other.float() - near.float()).abs() < error.abs(), other, near)
+
+
 class SubGenCache(Cache):
     """Rows of the store: 0 padding | 1..4 sinks | clusters | tail: recent and pending tokens, exact, at `tail + position % ring`."""
 
@@ -108,6 +125,12 @@ class SubGenCache(Cache):
 
     def row(self, pos: Tensor) -> Tensor:
         return torch.where(pos < SINKS, 1 + pos, self.tail[:, None] + pos % self.ring[:, None])
+
+    def read(self) -> Slots:
+        if self.x.shape[2]:
+            return super().read()
+        s = self.store  # no clusters yet: all heads hold the same tokens, with no weights, as `full` does
+        return Slots(s.k, s.v, s.pos[:, :1], window=self.window)
 
     def tail_pos(self) -> Tensor:
         """(B, ring) positions in the tail, -1 = empty; the same in every head."""
@@ -144,8 +167,9 @@ class SubGenCache(Cache):
     def put(self, k: Tensor, v: Tensor, x: Tensor, n: Tensor, pos: Tensor) -> None:
         """Write clusters given as sums, counts and newest positions; one without tokens is an empty row."""
         count = n.clamp(min=1)[..., None]
-        self.store.replace(1 + SINKS, k / count, v / count, n.clamp(min=1).log(), torch.where(n > 0, pos, -1))
-        self.x = (x / count).to(self.store.k.dtype)
+        dtype = self.store.k.dtype
+        k, v, self.x = (rounded(total / count, dtype, pos, which) for which, total in enumerate((k, v, x)))
+        self.store.replace(1 + SINKS, k, v, n.clamp(min=1).log(), torch.where(n > 0, pos, -1))
 
     def end_prompt(self, seen: Tensor) -> None:
         """k-center over the old clusters and every exact token that is older than the recent window."""

@@ -146,11 +146,12 @@ class Llama(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
         self.rotary = Rotary(c.head_dim, c.rope)
 
-    def hidden(self, ids: Tensor, pos: Tensor, cache: Caches | None = None) -> Tensor:
-        """ids (B, T) int64 at positions (B, T) -> last hidden states (B, T, C), in the model's dtype."""
+    def hidden(self, ids: Tensor, pos: Tensor | None, cache: Caches | None = None) -> Tensor:
+        """ids (B, T) int64 at positions (B, T) (None = from 0) -> last hidden states (B, T, C), in the model's dtype."""
+        caches = [NoCache(positions=pos is not None)] * len(self.model.layers) if cache is None else list(cache)
+        pos = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape) if pos is None else pos
         x = self.model.embed_tokens(ids)
         cos, sin = self.rotary.tables(pos)
-        caches = [NoCache()] * len(self.model.layers) if cache is None else list(cache)
         for some, theirs in spans(self.model.layers, caches):
             x = run(some, theirs, x, cos, sin, pos)
         return self.model.norm(x)
@@ -163,6 +164,5 @@ class Llama(nn.Module):
         """Logits (B, T, V) float32 of T new tokens `ids` (B, T) int64. With a cache, it is read and extended; positions follow on
         from what it has seen unless `pos` (B, T) says otherwise (-1 = padding). Without, one exact causal pass."""
         if cache is None:
-            pos = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape) if pos is None else pos
             return self.logits(self.hidden(ids, pos))
         return torch.cat([self.logits(self.hidden(i, p, cache)) for i, p in cache.split(ids, pos)], 1)
