@@ -25,7 +25,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_llama(tmp_path_factory.mktemp("compile") / "m", num_hidden_layers=7)  # seven runs of one layer: one compiled, six reuse it
+    # seven runs of one layer: one is compiled, six reuse it
+    return write_llama(tmp_path_factory.mktemp("compile") / "m", num_hidden_layers=7, hidden_size=32, head_dim=16)
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +64,11 @@ def test_2000_tokens_compile_once(folder: Path, attn: str, one_graph: None) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("attn", ["full", "sliding:window=50", "subgen:budget=300"])
-def test_compiled_equals_eager(lm: LM, attn: str) -> None:
-    """The same logits to 1e-4 for 150 steps from a prompt of 330 tokens, each step fed the same token."""
+def test_compiled_equals_eager(folder: Path, attn: str) -> None:
+    """The same logits for 150 steps from a prompt of 330 tokens, each step fed the same token. In float64, where seven layers of large
+    random weights do not blow rounding up to 1e-4; the logits themselves are float32."""
+    lm = zoo.load(str(folder), compile="on")
+    lm.model.double()
     lm.attn = parse(attn)
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(0, lm.config.vocab_size, (1, 480), generator=g)
@@ -77,7 +81,7 @@ def test_compiled_equals_eager(lm: LM, attn: str) -> None:
         a = lm.decode_step(ids[:, t], caches[0])
         lm.step.mode = "off"
         b = lm.decode_step(ids[:, t], caches[1])
-        assert (a - b).abs().max() < 1e-4
+        assert (a - b).abs().max() < 1e-5
     lm.step.mode = mode
     assert lm.step.ran["compiled"] - ran["compiled"] == 150
     assert lm.step.ran["eager"] - ran["eager"] == 150

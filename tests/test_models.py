@@ -490,9 +490,9 @@ def test_knows_the_capital_of_france(smollm2: Path, attn: str) -> None:
 )
 def test_refuses_what_it_does_not_compute(changes: dict[str, Any], named: str) -> None:
     right = {**LLAMA, **SMALL, "vocab_size": 400}
-    llama.Config.from_dict(right)
+    llama.LlamaConfig.from_dict(right)
     with pytest.raises(ZooError, match=named):
-        llama.Config.from_dict({**right, **changes})
+        llama.LlamaConfig.from_dict({**right, **changes})
 
 
 def python(code: str) -> str:
