@@ -114,7 +114,7 @@ class Step:
             recompile_limit=64,  # one graph for each method and batch size
             isolate_recompiles=True,  # several models in one process must not count against one another's recompilations
             options={
-                # Weights never change shape or type: checking hundreds of them at each step costs about 1 ms a token.
+                # Weights never change shape or type: checking hundreds of them at each step costs up to a millisecond.
                 "guard_filter_fn": lambda guards: [g.guard_type != "TENSOR_MATCH" or not g.name.startswith(weights) for g in guards],
                 "size_asserts": False,
             },

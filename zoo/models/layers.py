@@ -41,7 +41,7 @@ class Linear(nn.Linear):
         if not (torch.compiler.is_compiling() and one_row and x.device.type == "cpu"):
             return F.linear(x, self.weight, self.bias)
         wide = torch.promote_types(x.dtype, torch.float32)
-        # as_strided makes Inductor store the row once, where it would recompute what produced it (a norm) for each row of the matrix.
+        # as_strided makes Inductor store the row, converted, once; without it a compiled step was slower (docs/log.md).
         row = x.reshape(1, -1).to(wide).as_strided((1, x.shape[-1]), (x.shape[-1], 1))
         y = (self.weight.to(wide) * row).sum(-1)
         y = y if self.bias is None else y + self.bias
@@ -131,7 +131,7 @@ def spans(layers: Sequence[nn.Module] | nn.ModuleList, caches: Sequence[Any]) ->
 @torch.compiler.nested_compile_region
 def run(layers: list[nn.Module], caches: list[Any], x: Tensor, cos: Tensor, sin: Tensor, pos: Tensor) -> Tensor:
     """x (B, T, C) through some layers. torch.compile compiles the first such run and reuses its code for the others, which
-    makes the first compiled token come about three times sooner; alone it is an ordinary loop."""
+    makes the first compiled token come two to three times sooner; alone it is an ordinary loop."""
     for layer, cache in zip(layers, caches, strict=True):
         x = layer(x, cos, sin, pos, cache)
     return x
