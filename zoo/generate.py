@@ -30,7 +30,7 @@ def listing() -> str:
     """Models, where they are on this machine, and attention methods with their options."""
     import zoo
     from zoo.attention import ATTENTION
-    from zoo.checkpoint import KNOWN, available
+    from zoo.hub import KNOWN, available
 
     lines = ["models (any hub id or folder of these families works too):"]
     for name in zoo.models():  # type: ignore[operator]

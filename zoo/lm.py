@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo import checkpoint
+from zoo import checkpoint, hub
 from zoo.attention import Attention, parse
 from zoo.attention.cache import Caches
 from zoo.attention.slots import BACKENDS
@@ -335,7 +335,7 @@ def load(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
         raise ZooError(f"device {device!r} cannot be used here: {str(e).partition(chr(10))[0]}") from None
-    folder: Path = checkpoint.find(name)
+    folder: Path = hub.find(name)
     raw = checkpoint.read_config(folder)
     kind = raw.get("model_type")
     if kind not in FAMILIES:
