@@ -113,13 +113,14 @@ class LM:
         pos = torch.where(column < count[:, None], cache.positions(T), -1)
         cache.begin_prompt(lengths)
         last = ids.new_empty((len(ids), self.config.hidden_size), dtype=self.dtype)
-        for start in range(0, T, CHUNK):
-            for piece, where in cache.split(ids[:, start : min(start + CHUNK, T)], pos[:, start : start + CHUNK]):
+        chunk = T if self.model.rotary.whole_prompts else CHUNK
+        for start in range(0, T, chunk):
+            for piece, where in cache.split(ids[:, start : min(start + chunk, T)], pos[:, start : start + chunk]):
                 hidden = self.model.hidden(piece, where, cache)
                 ends = (where == (pos.amax(1, keepdim=True))) & (where >= 0)  # at most one column a sequence
                 last[ends.any(1)] = hidden[ends]
             if progress:
-                progress(min(start + CHUNK, T), T)
+                progress(min(start + chunk, T), T)
         cache.end_prompt()
         return self.model.logits(last)
 

@@ -25,10 +25,14 @@ class FullCache(Cache):
     def row(self, pos: Tensor) -> Tensor:
         return pos + 1  # row 0 is for padding
 
+    def rows(self, tokens: int) -> int:
+        """Rows that this many tokens take."""
+        return round_up(tokens + 1)
+
     def reserve(self, tokens: int, exactly: bool) -> int:
         if tokens >= self.store.rows:
             double = tokens if exactly else max(tokens, 2 * self.store.rows)
-            self.store.resize(round_up(tokens + 1), capacity=round_up(max(double, self.hint) + 1) + 1)
+            self.store.resize(self.rows(tokens), capacity=self.rows(max(double, self.hint)) + 1)
         return self.store.rows - 1
 
 

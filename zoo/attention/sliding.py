@@ -29,6 +29,9 @@ class SlidingCache(FullCache):
     def row(self, pos: Tensor) -> Tensor:
         return 1 + pos % self.window
 
+    def rows(self, tokens: int) -> int:
+        return min(super().rows(tokens), self.window + 1)
+
     def reserve(self, tokens: int, exactly: bool) -> int:
         room = super().reserve(min(tokens, self.window), exactly)
         return 2**62 if room >= self.window else room

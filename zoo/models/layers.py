@@ -1,4 +1,4 @@
-"""What the families share: RMSNorm, the rotary embedding, and a linear layer that decodes at memory speed.
+"""What the families share: RMSNorm, the rotary embedding, a linear layer that decodes at memory speed, and the way through the layers.
 
 Shapes: B batch, T new tokens, h any number of heads, D head size; positions (B, T) int64, -1 = padding.
 """
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from zoo.attention.cache import Caches, NoCache
 
 
 class RMSNorm(nn.Module):
@@ -48,50 +50,123 @@ class Linear(nn.Linear):
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
+class Scaling:
+    """How a checkpoint's frequencies were stretched beyond the context that it was first trained on."""
+
+    attention_factor = 1.0  # what rotated queries and keys are multiplied by
+
+    def stretch(self, freq: Tensor, theta: float, dim: int) -> Tensor:
+        """freq (dim/2,) float32, theta ** (-2i / dim) radians per position -> the stretched ones."""
+        return freq
+
+
 @dataclass(frozen=True)
-class Rope:
-    """Rotary options as a checkpoint's config states them. `scaling` None = plain, else Llama 3.1's four numbers."""
+class LinearScaling(Scaling):
+    """Position interpolation (arXiv 2306.15595): every frequency is divided by `factor`."""
 
-    theta: float = 10000.0
-    scaling: Llama3Scaling | None = None
+    factor: float
+
+    def stretch(self, freq: Tensor, theta: float, dim: int) -> Tensor:
+        return freq / self.factor
 
 
 @dataclass(frozen=True)
-class Llama3Scaling:
+class Llama3Scaling(Scaling):
+    """Llama 3.1: wavelengths beyond the original context are stretched by `factor`, short ones kept, those between blended."""
+
     factor: float
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
 
+    def stretch(self, freq: Tensor, theta: float, dim: int) -> Tensor:
+        turns = self.original_max_position_embeddings * freq / (2 * math.pi)  # within the original context
+        keep = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0, 1)
+        return keep * freq + (1 - keep) * freq / self.factor
+
+
+@dataclass(frozen=True)
+class YarnScaling(Scaling):
+    """YaRN (arXiv 2309.00071): dimensions that turn more than `beta_fast` times within the original context are kept, those that turn less
+    than `beta_slow` times are divided by `factor`, a ramp over the dimension's index lies between; queries and keys grow by
+    `attention_factor`."""
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True  # the ramp begins and ends at whole dimensions
+
+    def stretch(self, freq: Tensor, theta: float, dim: int) -> Tensor:
+        def dimension(turns: float) -> float:
+            """The index of the dimension pair that turns this often within the original context."""
+            return dim * math.log(self.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+        low, high = dimension(self.beta_fast), dimension(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, dim - 1)
+        ramp = (torch.arange(len(freq), dtype=torch.float32, device=freq.device) - low) / (high - low or 0.001)
+        ramp = ramp.clamp(0, 1)
+        return freq * (1 - ramp) + freq / self.factor * ramp
+
+
+@dataclass(frozen=True)
+class DynamicScaling(Scaling):
+    """ "Dynamic NTK": theta grows with the length of the sequence once that exceeds `max_position_embeddings`.
+
+    The length is that of the call: the largest position of each sequence in it. So a key keeps the angles of the call that it came
+    with: a prompt is one call, and each decoded token another with angles of its own. Past `max_position_embeddings` one pass,
+    chunks and single tokens therefore differ, by the method's definition.
+    """
+
+    factor: float
+    max_position_embeddings: int
+
+    def frequencies(self, pos: Tensor, theta: float, dim: int) -> Tensor:
+        """For a call with positions (B, T): (B, 1, 1, dim/2) float32."""
+        length = (pos.amax(1) + 1).clamp(min=self.max_position_embeddings).double()
+        base = theta * (self.factor * length / self.max_position_embeddings - (self.factor - 1)) ** (dim / (dim - 2))
+        exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=pos.device) / dim
+        return (base[:, None, None, None] ** -exponent).float()
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary options as a checkpoint's config states them. partial: the share of a head's dimensions, its first ones, that turn."""
+
+    theta: float = 10000.0
+    scaling: Scaling | None = None
+    partial: float = 1.0
+
 
 class Rotary(nn.Module):
     """Rotary position embedding (RoFormer, arXiv 2104.09864), in the half-split layout of Hugging Face's checkpoints:
-    dimension i turns together with dimension i + D/2. Swapping it for the interleaved layout passes short prompts and drifts
-    after ten tokens.
+    of n turning pairs, dimension i goes together with dimension i + n. Swapping it for the interleaved layout passes short prompts
+    and drifts after ten tokens. Where `rope.partial` is less than 1, dimensions from 2n on carry no position.
 
     Angles, cos and sin are float32 whatever the model's dtype. `unrotate` is the inverse, for methods that compare keys without
-    their positions.
+    their positions. With DynamicScaling it sees keys as though all had come in one call that ended at the last of their positions:
+    exact for one call's keys and up to `max_position_embeddings`, an approximation for keys of several longer calls.
     """
 
     inv_freq: Tensor
 
     def __init__(self, head_dim: int, rope: Rope) -> None:
         super().__init__()
-        self.head_dim, self.rope = head_dim, rope
+        self.rope, self.dim = rope, int(head_dim * rope.partial)
         self.register_buffer("inv_freq", self.frequencies(), persistent=False)
 
+    @property
+    def whole_prompts(self) -> bool:
+        """Whether a prompt must come in one call, because its angles depend on its length."""
+        return isinstance(self.rope.scaling, DynamicScaling)
+
     def frequencies(self) -> Tensor:
-        """(D/2,) float32 radians per position. Always computed on the CPU: also a model laid out on `meta` has real frequencies."""
-        exponent = torch.arange(0, self.head_dim, 2, dtype=torch.float32, device="cpu") / self.head_dim
-        freq = 1.0 / self.rope.theta**exponent
-        s = self.rope.scaling
-        if s is None:
-            return freq
-        # Llama 3.1: wavelengths beyond the original context are stretched by `factor`, short ones kept, those between blended.
-        wavelength = 2 * math.pi / freq
-        turns = s.original_max_position_embeddings / wavelength
-        keep = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
-        return keep * freq + (1 - keep) * freq / s.factor
+        """(n,) float32 radians per position. Always computed on the CPU: also a model laid out on `meta` has real frequencies."""
+        freq = 1.0 / self.rope.theta ** (torch.arange(0, self.dim, 2, dtype=torch.float32, device="cpu") / self.dim)
+        return freq if self.rope.scaling is None else self.rope.scaling.stretch(freq, self.rope.theta, self.dim)
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         """Moves with the model but never changes dtype: bfloat16 frequencies would misplace every token past the first hundred."""
@@ -100,9 +175,12 @@ class Rotary(nn.Module):
         return self
 
     def tables(self, pos: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin (B, 1, T, D/2) float32 for positions (B, T); shared by all layers of one call."""
-        angle = pos[:, None, :, None].to(torch.float32) * self.inv_freq
-        return angle.cos(), angle.sin()
+        """cos and sin (B, 1, T, n) float32 for positions (B, T), times the scaling's attention factor; shared by all layers of one
+        call."""
+        s = self.rope.scaling
+        freq = s.frequencies(pos, self.rope.theta, self.dim) if isinstance(s, DynamicScaling) else self.inv_freq
+        angle = pos[:, None, :, None].to(torch.float32) * freq
+        return scaled(angle.cos(), angle.sin(), 1.0 if s is None else s.attention_factor)
 
     def rotate(self, x: Tensor, pos: Tensor) -> Tensor:
         """x (B, h, T, D) at positions (B, T) -> the same, rotated."""
@@ -111,13 +189,21 @@ class Rotary(nn.Module):
     def unrotate(self, x: Tensor, pos: Tensor) -> Tensor:
         """The inverse of `rotate`."""
         cos, sin = self.tables(pos)
-        return turn(x, cos, -sin)
+        s = self.rope.scaling
+        return turn(x, *scaled(cos, -sin, 1.0 if s is None else s.attention_factor**-2))
+
+
+def scaled(cos: Tensor, sin: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i + D/2}) by the angles in cos and sin."""
-    left, right = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), -1).to(x.dtype)
+    """Rotate the pairs (x_i, x_{i + n}), i < n, by the angles in cos and sin (..., n); what lies behind 2n stays as it is."""
+    n = cos.shape[-1]
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    left, right = wide[..., :n], wide[..., n : 2 * n]
+    turned = [left * cos - right * sin, right * cos + left * sin]
+    return torch.cat(turned if 2 * n == x.shape[-1] else [*turned, wide[..., 2 * n :]], -1).to(x.dtype)
 
 
 def spans(layers: Sequence[nn.Module] | nn.ModuleList, caches: Sequence[Any]) -> Iterator[tuple[list[nn.Module], list[Any]]]:
@@ -135,3 +221,35 @@ def run(layers: list[nn.Module], caches: list[Any], x: Tensor, cos: Tensor, sin:
     for layer, cache in zip(layers, caches, strict=True):
         x = layer(x, cos, sin, pos, cache)
     return x
+
+
+class CausalLM(nn.Module):
+    """What every family is: `hidden` and `logits` make the model."""
+
+    config: Any
+    rotary: Rotary
+
+    def hidden(self, ids: Tensor, pos: Tensor | None, cache: Caches | None = None) -> Tensor:
+        """ids (B, T) int64 at positions (B, T) (None = from 0) -> last hidden states (B, T, C), in the model's dtype."""
+        raise NotImplementedError
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, V) float32."""
+        raise NotImplementedError
+
+    def through(self, layers: nn.ModuleList, x: Tensor, pos: Tensor | None, cache: Caches | None) -> Tensor:
+        """x (B, T, C) through all layers at positions (B, T) (None = from 0); without a cache, one exact causal pass."""
+        without = NoCache(self.config.sliding_window, positions=pos is not None)
+        caches = [without] * len(layers) if cache is None else list(cache)
+        pos = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) if pos is None else pos
+        cos, sin = self.rotary.tables(pos)
+        for some, theirs in spans(layers, caches):
+            x = run(some, theirs, x, cos, sin, pos)
+        return x
+
+    def forward(self, ids: Tensor, cache: Caches | None = None, pos: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V) float32 of T new tokens `ids` (B, T) int64. With a cache, it is read and extended; positions follow on
+        from what it has seen unless `pos` (B, T) says otherwise (-1 = padding). Without, one exact causal pass."""
+        if cache is None:
+            return self.logits(self.hidden(ids, pos))
+        return torch.cat([self.logits(self.hidden(i, p, cache)) for i, p in cache.split(ids, pos)], 1)

@@ -2,7 +2,7 @@
 
 What to know in ten seconds:
 - pre-norm residual blocks with RMSNorm:  x += attention(norm(x));  x += mlp(norm(x))
-- rotary positions in the half-split layout, applied to queries and keys in every layer, with Llama 3.1's frequency scaling
+- rotary positions in the half-split layout, applied to queries and keys in every layer, plain or stretched (linear, llama3, yarn, dynamic)
 - grouped queries: H query heads share G key/value heads, query head h reads kv head h // (H/G)
 - SwiGLU: down(silu(gate(x)) * up(x))
 - the output head is the embedding when the config ties them; biases only where the config asks for them
@@ -18,14 +18,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.attention.cache import Caches, NoCache
-from zoo.errors import ZooError
-from zoo.models.config import Keys, rope
-from zoo.models.layers import Linear, RMSNorm, Rope, Rotary, run, spans, turn
+from zoo.attention.cache import Caches
+from zoo.models.config import Keys, heads, rope
+from zoo.models.layers import CausalLM, Linear, RMSNorm, Rope, Rotary, turn
 
 
 @dataclass(frozen=True)
@@ -55,21 +53,19 @@ class LlamaConfig:
         keys.must("hidden_act", "silu")
         keys.must("pretraining_tp", 1)  # a training layout; other values split matrices and change rounding
         keys.must("rope_interleaved", False)
-        heads, hidden = keys.get("num_attention_heads", int), keys.get("hidden_size", int)
-        kv_heads, head_dim = keys.get("num_key_value_heads", int, heads), keys.get("head_dim", int, hidden // heads)
-        if heads % kv_heads or head_dim % 2:
-            raise ZooError(f"config.json: {heads} heads must be a multiple of {kv_heads} kv heads, and head_dim={head_dim} must be even")
+        query, kv, head_dim = heads(keys)
+        longest = keys.get("max_position_embeddings", int, 2048)
         config = LlamaConfig(
             vocab_size=keys.get("vocab_size", int),
-            hidden_size=hidden,
+            hidden_size=keys.get("hidden_size", int),
             intermediate_size=keys.get("intermediate_size", int),
             num_hidden_layers=keys.get("num_hidden_layers", int),
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
+            num_attention_heads=query,
+            num_key_value_heads=kv,
             head_dim=head_dim,
             rms_norm_eps=keys.get("rms_norm_eps", float, 1e-6),
-            rope=rope(keys),
-            max_position_embeddings=keys.get("max_position_embeddings", int, 2048),
+            rope=rope(keys, longest),
+            max_position_embeddings=longest,
             tie_word_embeddings=keys.get("tie_word_embeddings", bool, False),
             attention_bias=keys.get("attention_bias", bool, False),
             mlp_bias=keys.get("mlp_bias", bool, False),
@@ -131,7 +127,7 @@ class Trunk(nn.Module):
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
-class Llama(nn.Module):
+class Llama(CausalLM):
     """The whole model. `model(ids, cache)` -> logits (B, T, V) float32."""
 
     Config = LlamaConfig
@@ -147,22 +143,8 @@ class Llama(nn.Module):
         self.rotary = Rotary(c.head_dim, c.rope)
 
     def hidden(self, ids: Tensor, pos: Tensor | None, cache: Caches | None = None) -> Tensor:
-        """ids (B, T) int64 at positions (B, T) (None = from 0) -> last hidden states (B, T, C), in the model's dtype."""
-        caches = [NoCache(positions=pos is not None)] * len(self.model.layers) if cache is None else list(cache)
-        pos = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape) if pos is None else pos
-        x = self.model.embed_tokens(ids)
-        cos, sin = self.rotary.tables(pos)
-        for some, theirs in spans(self.model.layers, caches):
-            x = run(some, theirs, x, cos, sin, pos)
+        x = self.through(self.model.layers, self.model.embed_tokens(ids), pos, cache)
         return self.model.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, V) float32."""
         return self.lm_head(hidden).float()
-
-    def forward(self, ids: Tensor, cache: Caches | None = None, pos: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V) float32 of T new tokens `ids` (B, T) int64. With a cache, it is read and extended; positions follow on
-        from what it has seen unless `pos` (B, T) says otherwise (-1 = padding). Without, one exact causal pass."""
-        if cache is None:
-            return self.logits(self.hidden(ids, pos))
-        return torch.cat([self.logits(self.hidden(i, p, cache)) for i, p in cache.split(ids, pos)], 1)
