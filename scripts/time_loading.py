@@ -1,6 +1,6 @@
 """How long loading a checkpoint takes, against reading its files with `cat`, and what memory it peaks at.
 
-    python scripts/time_loading.py FOLDER [--rounds 3]
+    python scripts/time_loading.py FOLDER [--rounds 4]
 
 Rounds are interleaved, each measurement a fresh process. cold: the files were dropped from the page cache before (posix_fadvise, which
 needs no privileges). warm: they were read once before; files that do not fit beside the model are partly read again, by either. The time
@@ -76,7 +76,7 @@ def load(folder: Path) -> dict[str, float]:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folder", type=Path)
-    p.add_argument("--rounds", type=int, default=3)
+    p.add_argument("--rounds", type=int, default=4)
     args = p.parse_args()
     size = sum(os.path.getsize(f) for f in files(args.folder))
     table: dict[str, dict[str, float]] = {}
@@ -84,11 +84,14 @@ def main() -> None:
         cats: list[float] = []
         loads: list[dict[str, float]] = []
         cat(args.folder)
-        for _ in range(args.rounds):
-            ready(args.folder, cache)
-            cats.append(cat(args.folder))
-            ready(args.folder, cache)
-            loads.append(load(args.folder))
+        for number in range(args.rounds):
+            # In turns, one first and then the other: disks with a quota favour whoever comes first.
+            for is_cat in (True, False) if number % 2 == 0 else (False, True):
+                ready(args.folder, cache)
+                if is_cat:
+                    cats.append(cat(args.folder))
+                else:
+                    loads.append(load(args.folder))
         middle = {key: statistics.median(one[key] for one in loads) for key in ("seconds", "loaded", "peak", "bytes")}
         table[cache] = {"cat": statistics.median(cats), **middle, "ratio": middle["seconds"] / statistics.median(cats)}
         row = table[cache]

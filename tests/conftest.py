@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,27 @@ LLAMA: dict[str, Any] = {
     "torch_dtype": "float32",
 }
 
+MISTRAL: dict[str, Any] = {**LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 16}
+
+NEOX: dict[str, Any] = {
+    "architectures": ["GPTNeoXForCausalLM"],
+    "model_type": "gpt_neox",
+    "hidden_act": "gelu",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "layer_norm_eps": 1e-5,
+    "rotary_pct": 0.25,
+    "rotary_emb_base": 10000,
+    "use_parallel_residual": True,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "float32",
+}
+
 
 def llama_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Tensor names and shapes of a Llama checkpoint with this config.json."""
@@ -62,6 +83,39 @@ def llama_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             if c.get("mlp_bias"):
                 shapes[f"{p}mlp.{name}_proj.bias"] = (o,)
     return shapes
+
+
+def mistral_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """As Llama's, but for the key/value heads of a config that does not say."""
+    return llama_shapes({"num_key_value_heads": 8, **c})
+
+
+def neox_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Tensor names and shapes of a GPT-NeoX checkpoint with this config.json."""
+    C, I, V = c["hidden_size"], c["intermediate_size"], c["vocab_size"]
+    shapes: dict[str, tuple[int, ...]] = {"gpt_neox.embed_in.weight": (V, C)}
+    shapes |= {"gpt_neox.final_layer_norm.weight": (C,), "gpt_neox.final_layer_norm.bias": (C,)}
+    if not c.get("tie_word_embeddings"):
+        shapes["embed_out.weight"] = (V, C)
+    for i in range(c["num_hidden_layers"]):
+        p = f"gpt_neox.layers.{i}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes |= {f"{p}{norm}.weight": (C,), f"{p}{norm}.bias": (C,)}
+        for name, o, n in (("query_key_value", 3 * C, C), ("dense", C, C)):
+            shapes[f"{p}attention.{name}.weight"] = (o, n)
+            if c.get("attention_bias", True):
+                shapes[f"{p}attention.{name}.bias"] = (o,)
+        for name, o, n in (("dense_h_to_4h", I, C), ("dense_4h_to_h", C, I)):
+            shapes |= {f"{p}mlp.{name}.weight": (o, n), f"{p}mlp.{name}.bias": (o,)}
+    return shapes
+
+
+# model_type -> config.json but for the vocabulary's size, and the tensors of such a config
+FAMILIES: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], dict[str, tuple[int, ...]]]]] = {
+    "llama": (LLAMA, llama_shapes),
+    "mistral": (MISTRAL, mistral_shapes),
+    "gpt_neox": (NEOX, neox_shapes),
+}
 
 
 def write_tokenizer(folder: Path, chat: bool = True) -> int:
@@ -86,19 +140,35 @@ def write_tokenizer(folder: Path, chat: bool = True) -> int:
     return t.get_vocab_size()
 
 
-def write_llama(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, chat: bool = True, **changes: Any) -> Path:
-    """A whole Llama checkpoint in `folder`: config, random weights (std 0.3), tokenizer."""
+def write_checkpoint(
+    folder: Path,
+    family: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    chat: bool = True,
+    embeddings: float = 0.3,
+    **changes: Any,
+) -> Path:
+    """A whole checkpoint in `folder`: config with `changes` (a key that is ... is left out), random weights, tokenizer. `embeddings` is
+    their standard deviation; all other weights have 0.3, those of norms around 1."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {**LLAMA, "vocab_size": write_tokenizer(folder, chat), **changes}
+    right, shapes = FAMILIES[family]
+    config = {**right, "vocab_size": write_tokenizer(folder, chat), **changes}
+    config = {key: value for key, value in config.items() if value is not ...}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2]}))
     g = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, shape in llama_shapes(config).items():
-        t = torch.randn(shape, generator=g) * 0.3
-        tensors[name] = (t + 1 if "norm" in name else t).to(dtype)
+    for name, shape in shapes(config).items():
+        t = torch.randn(shape, generator=g) * (embeddings if "embed_tokens" in name or "embed_in" in name else 0.3)
+        tensors[name] = (t + 1 if name.endswith("norm.weight") else t).to(dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def write_llama(folder: Path, **options: Any) -> Path:
+    """`write_checkpoint` of a Llama."""
+    return write_checkpoint(folder, "llama", **options)
 
 
 @pytest.fixture(autouse=True)
@@ -114,6 +184,18 @@ def one_thread() -> Iterator[None]:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama checkpoint folder, float32, grouped heads, with a chat template."""
     return write_llama(tmp_path_factory.mktemp("tiny") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of Mistral, with a window of 16 tokens."""
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny-mistral", "mistral")
+
+
+@pytest.fixture(scope="session")
+def tiny_neox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of GPT-NeoX: a quarter of each head turns, attention and mlp side by side."""
+    return write_checkpoint(tmp_path_factory.mktemp("tiny") / "tiny-neox", "gpt_neox")
 
 
 @pytest.fixture(scope="session")

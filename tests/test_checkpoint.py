@@ -1,27 +1,30 @@
-"""Where checkpoints are found, how strictly they are read, and the conversion of the embedded model."""
+"""How strictly checkpoints are read, and the conversion of the embedded model."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import struct
 import subprocess
 import sys
 import threading
+import time
 import types
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import LLAMA, llama_shapes
+from conftest import LLAMA, llama_shapes, write_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import zoo
 from zoo import checkpoint, embedded, hub
+from zoo.cli import run
 from zoo.errors import ZooError
 from zoo.models.llama import Llama
 
@@ -80,6 +83,22 @@ def refused(folder: Path, *words: str) -> str:
     assert line.isprintable(), f"not one plain line: {line!r}"
     assert not [w for w in words if w not in line], line
     return line
+
+
+def python(code: str, *args: str, env: dict[str, str] | None = None, fails: bool = False) -> str:
+    """Standard output of a fresh interpreter: the hub's client reads its settings from the environment when it is imported."""
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
+    paths = os.pathsep.join([str(hub.ROOT), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, "-c", code, *args],
+        env=plain | {"PYTHONPATH": paths} | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert (run.returncode != 0) == fails, run.stderr
+    return run.stdout
 
 
 # Values
@@ -277,7 +296,7 @@ def test_the_index_counts(tmp_path: Path) -> None:
 
 def test_every_key_of_the_config_is_accounted_for(tmp_path: Path) -> None:
     refused(write(tmp_path, mystery_scale=2.0), "mystery_scale")
-    refused(write(tmp_path, rope_scaling={"rope_type": "yarn", "factor": 4.0}), "yarn")
+    refused(write(tmp_path, rope_scaling={"rope_type": "longrope", "factor": 4.0}), "longrope")
     refused(write(tmp_path, quantization_config={"bits": 4}), "quantization_config")
     load(write(tmp_path, transformers_version="4.42.3"))
 
@@ -295,7 +314,7 @@ def test_every_key_of_the_config_is_accounted_for(tmp_path: Path) -> None:
         (b"[1, 2]", "no JSON object"),
         (b"null", "no JSON object"),
         (b'{"a":' + b"[" * 200_000, "config.json"),
-        (b"{}" + b" " * (16 << 20), "16 MiB"),
+        (b"{}" + b" " * (16 << 20), "larger than"),
     ],
     ids=["missing", "empty", "quotes", "bytes", "list", "null", "deep", "large"],
 )
@@ -402,17 +421,53 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
 
 
 def test_an_error_in_the_middle_leaves_the_model_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, names = checkpoint._tensor, []
+    monkeypatch.setattr(checkpoint, "PIECE", 64)  # over a thousand reads
+    opened, opens = checkpoint.open_file, []
 
-    def reading(path: Path, name: str) -> Tensor:
-        names.append(name)
-        if len(names) == 9:
+    def opening(path: Path) -> Any:
+        opens.append(path)
+        time.sleep(0.001)
+        if len(opens) == 9:
             raise OSError(errno.EIO, "Input/output error")
-        return read(path, name)
+        return opened(path)
 
-    monkeypatch.setattr(checkpoint, "_tensor", reading)
+    monkeypatch.setattr(checkpoint, "open_file", opening)
     refused(write(tmp_path), "model.safetensors: Input/output error")
-    assert len(names) == 9
+    assert 9 <= len(opens) < 500, "reading went on after the error"
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, fill = write(tmp_path) / "model.safetensors", checkpoint._fill
+
+    def filling(wanted: Any) -> None:
+        os.truncate(file, file.stat().st_size // 2)
+        fill(wanted)
+
+    monkeypatch.setattr(checkpoint, "_fill", filling)
+    refused(tmp_path, "model.safetensors: became shorter while it was read")
+
+
+@pytest.mark.parametrize("piece", [64, 1000, 16 << 20])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_pieces_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int, stored: torch.dtype) -> None:
+    monkeypatch.setattr(checkpoint, "PIECE", piece)
+    monkeypatch.setattr(checkpoint, "CONVERTED", max(piece // 7, 4))
+    tensors = weights(SMALL, stored)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.inference_mode(dtype == torch.float32):
+            model = load(write(tmp_path, tensors), dtype)
+        for name, p in model.named_parameters():
+            assert torch.equal(p, tensors[name].to(dtype)), name
+
+
+def test_a_conversion_needs_no_second_copy(tmp_path: Path) -> None:
+    """The embedding is two thirds of the model: a copy of it whole would show."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("needs Linux's /proc")
+    config = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 80_000, "tie_word_embeddings": True}
+    folder = write(tmp_path, weights({**SMALL, **config}, torch.bfloat16), **config)
+    ratio = float(python(PEAK.replace("folder, None", "folder, torch.float32"), str(folder)))
+    assert 0.9 < ratio < 1.2, f"memory grew by {ratio:.2f} times the model's bytes"
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read and write everything")
@@ -430,295 +485,156 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         embedded.folder()
 
 
-# Where it is found
+# What a checkpoint is, and whether it is whole: the command line
 
 
-def python(code: str, *args: str, env: dict[str, str] | None = None, fails: bool = False) -> str:
-    """Standard output of a fresh interpreter: the hub's client reads its settings from the environment when it is imported."""
-    plain = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
-    paths = os.pathsep.join([str(hub.ROOT), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, "-c", code, *args],
-        env=plain | {"PYTHONPATH": paths} | (env or {}),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert (run.returncode != 0) == fails, run.stderr
-    return run.stdout
+def command(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, list[str], str]:
+    """Exit code, lines of standard output, standard error."""
+    code = run(checkpoint.main, [str(a) for a in args])
+    out, err = capsys.readouterr()
+    assert err.count("\n") == (code != 0), err
+    return code, out.splitlines(), err
 
 
-FIND = """
-import json, sys
-from zoo import embedded, hub
-from zoo.errors import ZooError
-embedded.package = lambda: None
-for name, revision in json.loads(sys.argv[1]):
-    try:
-        print(json.dumps([True, str(hub.find(name, revision))]))
-    except ZooError as e:
-        print(json.dumps([False, str(e)]))
-"""
+def test_inspect_says_what_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_checkpoint(tmp_path / "a", dtype=torch.bfloat16)
+    code, lines, _ = command(capsys, "inspect", folder, "--json")
+    about = json.loads(lines[-1])
+    model = load(folder)
+    assert code == 0
+    assert (about["family"], about["refused"], about["ignored"], about["dtypes"]) == ("llama", None, [], ["BF16"])
+    assert about["parameters"] == sum(p.numel() for p in model.parameters())
+    assert about["bytes"] == sum(p.nbytes for p in model.parameters())
+    assert about["files"] == {"model.safetensors": (folder / "model.safetensors").stat().st_size}
+    assert about["vocabulary"] == about["config"]["vocab_size"]
+    shown = dict(line.split(maxsplit=1) for line in lines[:-1])
+    assert shown["runs"] == "yes"
+    assert shown["parameters"] == f"{about['parameters']:,}"
+    assert "hidden_size 64" in shown["config"]
 
 
-def finds(env: dict[str, str], *names: str | tuple[str, str]) -> list[tuple[bool, str]]:
-    pairs = [(n, None) if isinstance(n, str) else n for n in names]
-    lines = [json.loads(line) for line in python(FIND, json.dumps(pairs), env=env).splitlines()]
-    assert len(lines) == len(pairs), "something else was written to standard output"
-    assert all(line.isprintable() for _, line in lines), "more than one line"
-    return [(found, line) for found, line in lines]
+def test_inspect_gives_the_first_reason_why_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write(tmp_path, weights(SMALL) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}, mystery_scale=2.0)
+    assert "mystery_scale" in next(line for line in command(capsys, "inspect", folder)[1] if line.startswith("runs"))
+    write(folder, weights(SMALL) | {"visual": torch.ones(2)})
+    assert "unexpected: visual" in command(capsys, "inspect", folder)[1][-1]
+    write(folder, weights(SMALL) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)})
+    shown = dict(line.split(maxsplit=1) for line in command(capsys, "inspect", folder)[1])
+    assert shown["runs"].startswith("no: ")
+    assert "no tokenizer" in shown["runs"]
+    assert shown["ignored"] == "1 tensors: model.layers.0.self_attn.rotary_emb.inv_freq"
+    (folder / "model.safetensors").unlink()
+    assert command(capsys, "inspect", folder)[0] == 2
 
 
-def in_cache(home: Path, hub_id: str, sha: str = "a" * 40, ref: str = "main", shards: int = 0) -> Path:
-    """A snapshot as the hub's client lays it out."""
-    repo = home / "hub" / f"models--{hub_id.replace('/', '--')}"
-    folder = write(repo / "snapshots" / sha, shards=shards)
-    (folder / "tokenizer.json").write_text("{}")
-    (repo / "refs").mkdir(exist_ok=True)
-    (repo / "refs" / ref).write_text(sha)
+def test_inspect_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path, shards=2)
+    monkeypatch.setattr(checkpoint, "_read", reads)
+    checkpoint.inspect(folder)
+
+
+def reads(*_: Any) -> Any:
+    raise AssertionError("weights were read")
+
+
+def in_hub_cache(repo: Path, shards: int = 2) -> Path:
+    """A checkpoint as the hub's client keeps it: links to blobs that are named by their hash."""
+    folder = write_checkpoint(repo / "snapshots" / "a")
+    write(folder, None, shards, **checkpoint.read_config(folder))
+    (folder / "model.safetensors").unlink()
+    (repo / "blobs").mkdir()
+    for file in folder.glob("*.safetensors"):
+        blob = repo / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+        file.rename(blob)
+        file.symlink_to(os.path.relpath(blob, folder))
     return folder
 
 
-@pytest.fixture
-def lonely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Nothing to be found anywhere, no network, and an empty working directory, which is returned."""
-    from huggingface_hub import constants
+def test_verify_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def wrong(*words: str) -> None:
+        code, lines, err = command(capsys, "verify", folder)
+        bad = [line for line in lines if line.startswith("WRONG")]
+        assert code == 2
+        assert len(bad) == len(words), lines
+        assert f"{len(bad)} of {len(lines)} checks failed" in err
+        for line, word in zip(bad, words, strict=True):
+            assert word in line
 
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
-    monkeypatch.setattr(hub, "ROOT", tmp_path / "root")
-    monkeypatch.setattr(embedded, "package", lambda: None)
-    monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    return tmp_path / "here"
+    folder = in_hub_cache(tmp_path)
+    shard = folder / "model-00002-of-00002.safetensors"
+    good, index = shard.read_bytes(), (folder / INDEX).read_text()
+    code, lines, _ = command(capsys, "verify", folder, "--json")
+    assert code == 0
+    assert [line.split()[:2] for line in lines[:-1]] == [
+        ["ok", f"{INDEX}:"],
+        ["ok", "model-00001-of-00002.safetensors:"],
+        ["ok", f"{shard.name}:"],
+        ["ok", "config.json:"],
+        ["ok", "tokenizer:"],
+    ]
+    assert all("the hub's sha256" in line for line in lines[1:3])
+    assert all(entry["ok"] for entry in json.loads(lines[-1]))
 
-
-def test_the_order_of_places(lonely: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name, top = embedded.NAME, lonely.parent
-    assert hub.available(name) is None
-    wheel, made = top / "x.gguf", top / "cache" / name
-    monkeypatch.setattr(embedded, "package", lambda: wheel)
-    monkeypatch.setattr(embedded, "folder", lambda: made)
-    assert (hub.find(name), hub.available(name)) == (made, "embedded (package)")
-    write(made)
-    for file in embedded.FILES:
-        (made / file).touch()
-    assert (hub.find(name), hub.available(name)) == (made, "embedded (converted)")
-    cached = in_cache(top / "hf", hub.KNOWN[name].hub_id)
-    assert (hub.find(name), hub.available(name)) == (cached, "hub cache")
-    here = write(lonely / "weights" / name)
-    assert hub.find(name).samefile(here)
-    assert hub.available(name) == f"weights/{name}"
-    root = write(top / "root" / "weights" / name)
-    assert hub.find(name).samefile(root)
-    named = write(lonely / name)
-    assert hub.find(name).samefile(named)
-    assert hub.find(f"./weights/{name}").samefile(here)
-    assert hub.find(str(cached)) == cached
-    with pytest.raises(ZooError, match="revision"):
-        hub.find(name, revision="main")
-    (lonely / name / "config.json").rename(lonely / "config.json")
-    with pytest.raises(ZooError, match=r"no config\.json"):
-        hub.find(name)
-    (lonely / name).rename(lonely / "away")
-    assert hub.find(name, revision="main") == cached, "a revision is the hub's"
+    shard.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))  # no number that is odd, only another one
+    wrong("its sha256 is not the hub's")
+    shard.write_bytes(good[:-4] + struct.pack("<f", float("nan")))
+    wrong("1 weights are NaN or infinite")
+    shard.write_bytes(good + b"x")
+    wrong("total_size" if "total_size" in lines[0] and "None" not in lines[0] else "its header describes", "its header describes")
+    shard.write_bytes(good)
+    (folder / INDEX).write_text(json.dumps(json.loads(index) | {"metadata": {"total_size": 7}}))
+    wrong("total_size 7, but they hold")
+    table = json.loads(index)["weight_map"]
+    (folder / INDEX).write_text(json.dumps({"weight_map": table | {"extra": shard.name}}))
+    wrong("1 tensors missing (extra)", "unexpected: extra")
+    (folder / INDEX).write_text(index)
+    (folder / "tokenizer.json").unlink()
+    wrong("no tokenizer")
 
 
-def test_a_home_folder_is_expanded(lonely: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(lonely))
-    mine = write(lonely / "mine")
-    assert hub.find("~/mine").samefile(mine)
+# scripts/make_checkpoint.py
 
 
-def test_hub_ids_are_found_in_the_cache(lonely: Path) -> None:
-    home = lonely.parent / "hf"
-    folder = in_cache(home, "Some-Body/My_model.v1-2")
-    assert hub.find("Some-Body/My_model.v1-2") == folder
-    other = in_cache(home, "Some-Body/My_model.v1-2", sha="b" * 40, ref="v2", shards=2)
-    assert hub.find("Some-Body/My_model.v1-2", revision="v2") == other
-    assert hub.find("Some-Body/My_model.v1-2") == folder
+def make(*args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(hub.ROOT / "scripts" / "make_checkpoint.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
 
 
-@pytest.mark.parametrize("lost", ["config.json", "model-00002-of-00002.safetensors", "tokenizer.json", INDEX])
-def test_an_interrupted_download_does_not_count(lonely: Path, lost: str) -> None:
-    folder = in_cache(lonely.parent / "hf", "a/b", shards=2)
-    assert hub.find("a/b") == folder
-    (folder / lost).unlink()
-    assert hub._cached("a/b", None) is None
-    name = next(iter(hub.KNOWN))
-    assert hub.available(name) is None
+@pytest.mark.parametrize(("shape", "shards", "dtype"), [("mistral-7b", 3, torch.bfloat16), ("pythia-1.4b", 0, torch.float16)])
+def test_a_made_checkpoint_loads(tmp_path: Path, shape: str, shards: int, dtype: torch.dtype) -> None:
+    made = make(shape, tmp_path / "a", "--layers", 1, "--width-divisor", 8)
+    assert made.returncode == 0, made.stderr
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a"], "a temporary folder was left"
+    names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)] if shards else ["model.safetensors"]
+    assert sorted(f.name for f in (tmp_path / "a").glob("*.safetensors")) == names
+    lm = zoo.load(str(tmp_path / "a"))
+    assert f"{sum(p.nbytes for p in lm.model.parameters()):,} bytes" in made.stdout
+    assert all(good for _, _, good in checkpoint.verify(tmp_path / "a"))
+    for name, p in lm.model.named_parameters():
+        assert p.dtype == dtype
+        mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        assert abs(p.float().mean() - mean) < 0.01, name
+        assert 0.015 < p.float().std() < 0.025, name
+    if shards:  # a public reader agrees about every byte
+        stored = {n: t for file in names for n, t in load_file(tmp_path / "a" / file).items()}
+        assert all(torch.equal(p, stored[name]) for name, p in lm.model.named_parameters())
+    lm.generate("Hello", 2)
 
 
-@pytest.mark.parametrize(
-    "name", ["", "nonsense", "a/b/c", "a//b", "../x", "/nowhere/x", "~nobody/x", ".", "bad\nname", "nul\0", "x" * 5000, "a/" + "é" * 9]
-)
-def test_names_that_lead_nowhere(lonely: Path, name: str) -> None:
-    with pytest.raises(ZooError) as e:
-        hub.find(name)
-    assert str(e.value).isprintable()
-    if name in ("", "nonsense"):
-        assert all(known in str(e.value) for known in hub.KNOWN)
-    assert hub.available(name) is None
-
-
-def test_a_folder_without_a_checkpoint(lonely: Path) -> None:
-    (lonely / "results").mkdir()
-    (lonely / "file").touch()
-    for name, word in (("results", "no config.json"), ("./results", "no config.json"), ("./file", "no folder"), ("./none", "no folder")):
-        with pytest.raises(ZooError, match=word):
-            hub.find(name)
-    (lonely / "weights" / "tinyllama-1.1b").mkdir(parents=True)
-    with pytest.raises(ZooError, match=r"weights/tinyllama-1\.1b.*no config\.json"):
-        hub.find("tinyllama-1.1b")
-    with pytest.raises(ZooError, match="revision"):
-        hub.find(str(write(lonely / "good")), revision="main")
-
-
-def test_offline_says_so(tmp_path: Path) -> None:
-    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "ZOO_CACHE": str(tmp_path / "zoo")}
-    half = in_cache(tmp_path, "a/half", shards=2)
-    (half / "model-00001-of-00002.safetensors").unlink()
-    whole = in_cache(tmp_path, hub.KNOWN["tinyllama-1.1b"].hub_id)
-    llama, smol, part, tiny = finds(env, "llama-3.2-1b", embedded.NAME, "a/half", "tinyllama-1.1b")
-    assert not llama[0]
-    assert "HF_HUB_OFFLINE" in llama[1]
-    assert "weights/llama-3.2-1b/" in llama[1]
-    assert not smol[0]
-    assert embedded.INSTALL in smol[1]
-    assert not part[0]
-    assert "model-00001-of-00002.safetensors" in part[1] or "HF_HUB_OFFLINE" in part[1]
-    assert tiny == (True, str(whole))
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub as its client asks for, with what goes wrong there."""
-
-    repos: dict[str, Path]
-    got: list[str]
-    sha = "c" * 40
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-    def answer(self, status: int, body: bytes = b"", **headers: str) -> None:
-        self.send_response(status)
-        for key, value in headers.items():
-            self.send_header(key.replace("_", "-"), value)
-        self.send_header("Content-Length", headers.pop("length", str(len(body))))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0].strip("/").split("/")
-        repo = "/".join(path[2:4] if path[0] == "api" else path[:2])
-        if repo not in self.repos:
-            return self.answer(401, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
-        folder = self.repos[repo]
-        if path[0] == "api" and path[4] == "revision":
-            if path[5] not in ("main", self.sha):
-                return self.answer(404, X_Error_Code="RevisionNotFound")
-            return self.answer(200, json.dumps({"id": repo, "sha": self.sha, "siblings": []}).encode(), Content_Type="application/json")
-        if path[0] == "api":
-            tree = [
-                {"type": "file", "path": str(f.relative_to(folder)), "size": f.stat().st_size, "oid": f"{i:040x}"} for i, f in files(folder)
-            ]
-            return self.answer(200, json.dumps(tree).encode(), Content_Type="application/json")
-        if "gated" in repo:
-            return self.answer(403, X_Error_Code="GatedRepo", X_Error_Message="Access to this model is restricted")
-        file = folder / "/".join(path[4:])
-        if self.command == "GET":
-            self.got.append("/".join(path[4:]))
-        return self.answer(200, file.read_bytes(), ETag=f'"{path[-1]}"', X_Repo_Commit=self.sha)
-
-    do_HEAD = do_GET
-
-
-def files(folder: Path) -> list[tuple[int, Path]]:
-    return list(enumerate(sorted(f for f in folder.rglob("*") if f.is_file())))
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[tuple[dict[str, str], dict[str, Path], list[str]]]:
-    """The environment that leads to it, its repositories, and the names of the files that were fetched."""
-
-    class Here(Hub):
-        repos: dict[str, Path] = {}
-        got: list[str] = []
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Here)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"), "ZOO_CACHE": str(tmp_path / "zoo")}
-    yield env | {"HF_HUB_DISABLE_XET": "1"}, Here.repos, Here.got
-    server.shutdown()
-    server.server_close()
-
-
-def test_only_the_needed_files_are_fetched(tmp_path: Path, server: tuple[dict[str, str], dict[str, Path], list[str]]) -> None:
-    env, repos, got = server
-    noise = (
-        "README.md",
-        "pytorch_model.bin",
-        "consolidated.safetensors",
-        "original/tokenizer.model",
-        "tokenizer.model.v3",
-        "original/config.json",
-    )
-    wanted = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    for repo, shards in (("one/file", 0), ("two/shards", 2)):
-        repos[repo] = write(tmp_path / repo, shards=shards)
-        for file in (*noise, "model-extra.safetensors"):
-            (repos[repo] / file).parent.mkdir(exist_ok=True)
-            (repos[repo] / file).write_text(file)
-        for file in wanted - {"config.json"}:
-            (repos[repo] / file).write_text("{}")
-    (repos["two/shards"] / "model.safetensors").write_text("another copy")
-    (one,) = finds(env, "one/file")
-    assert one[0], one[1]
-    assert sorted(got) == sorted(wanted | {"model.safetensors"})
-    assert torch.equal(load(Path(one[1])).lm_head.weight, weights(SMALL)["lm_head.weight"])
-    got.clear()
-    (two,) = finds(env, "two/shards")
-    assert two[0], two[1]
-    assert sorted(got) == sorted(wanted | {INDEX, "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"})
-    load(Path(two[1]))
-    got.clear()
-    (Path(two[1]) / "model-00002-of-00002.safetensors").unlink()
-    assert finds(env, "one/file", "two/shards") == [one, two]
-    assert got in ([], ["model-00002-of-00002.safetensors"])
-    load(Path(two[1]))
-    assert finds(env | {"HF_HUB_OFFLINE": "1"}, "one/file", "two/shards") == [one, two]
-
-
-def test_what_the_hub_refuses(tmp_path: Path, server: tuple[dict[str, str], dict[str, Path], list[str]]) -> None:
-    env, repos, _ = server
-    repos["org/gated"] = repos["org/fine"] = write(tmp_path / "a")
-    repos["org/pickles"] = write(tmp_path / "b")
-    (tmp_path / "b" / "model.safetensors").rename(tmp_path / "b" / "pytorch_model.bin")
-    repos["org/climbs"] = write(tmp_path / "c", shards=1)
-    (tmp_path / "c" / INDEX).write_text(json.dumps({"weight_map": {"a": "../../x.safetensors"}}))
-    cases = {
-        ("org/gated", None): ("accept its licence at https://huggingface.co/org/gated", "HF_TOKEN"),
-        ("org/nobody", None): ("no folder 'org/nobody' here and no model at https://huggingface.co/org/nobody", "HF_TOKEN"),
-        ("org/fine", "v9"): ("no revision 'v9'",),
-        ("org/pickles", None): ("no model.safetensors", "without safetensors"),
-        ("org/climbs", None): (INDEX, "../../x.safetensors"),
-    }
-    for (name, words), (found, line) in zip(cases.items(), finds(env, *cases), strict=True):
-        assert not found, name
-        assert not [w for w in words if w not in line], line
-
-
-def test_no_connection_says_so(tmp_path: Path) -> None:
-    env = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "ZOO_CACHE": str(tmp_path / "zoo")}
-    plain, smol = finds(env, "tinyllama-1.1b", embedded.NAME)
-    assert not plain[0]
-    assert "cannot be reached" in plain[1]
-    assert "weights/tinyllama-1.1b/" in plain[1]
-    assert not smol[0]
-    assert embedded.INSTALL in smol[1]
+def test_what_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for args, word in (
+        (("mistral-7b", tmp_path / "there", "--layers", 1), "exists already"),
+        (("mistral-7b", tmp_path / "b", "--layers", 0), "--layers"),
+        (("mistral-7b", tmp_path / "b", "--layers", 10**7), "--layers"),
+        (("mistral-7b", tmp_path / "b", "--layers", 10**5), "GB free"),
+        (("gpt-5", tmp_path / "b"), "invalid choice"),
+    ):
+        made = make(*args)
+        assert made.returncode == 2
+        assert word in made.stderr
+        assert made.stderr.count("\n") == 1
+    assert [f.name for f in tmp_path.iterdir()] == ["there"]
 
 
 # The embedded model
@@ -1015,3 +931,45 @@ def test_weights_and_tokens_are_those_transformers_reads_from_the_gguf(converted
     for text in (TEXT, "I'm 1234 years  old.\n\n\t<|im_start|>user café 漢字 🐋 <|im_end|>", " leading", "trailing  "):
         assert mine.encode(text).ids == yours(text)["input_ids"]
         assert mine.decode(mine.encode(text).ids, skip_special_tokens=False) == text
+
+
+# A large model is its files
+
+
+@pytest.mark.parametrize("shards", [0, 3])
+def test_a_large_models_parameters_are_pages_of_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: int) -> None:
+    folder = write(tmp_path, shards=shards)
+    copied = load(folder)
+    monkeypatch.setattr(checkpoint, "COPIED", 0)
+    before = {f: f.read_bytes() for f in folder.glob("*.safetensors")}
+    mapped = load(folder)
+    assert all(torch.equal(a, b) for a, b in zip(copied.parameters(), mapped.parameters(), strict=True))
+    pages = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    assert len({line.split()[-1] for line in pages}) == len(before)
+    storages = [p.untyped_storage() for p in mapped.parameters()]
+    assert len({s.data_ptr() for s in storages}) == len(storages)
+    with torch.no_grad():
+        for p in mapped.parameters():
+            p.mul_(2)  # pages of its own: the files stay as they are
+    assert all(torch.equal(2 * a, b) for a, b in zip(copied.parameters(), mapped.parameters(), strict=True))
+    assert before == {f: f.read_bytes() for f in before}
+
+
+def test_another_dtype_is_converted_and_the_file_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "COPIED", 0)
+    folder = write(tmp_path)
+    model = load(folder, torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(a.bfloat16(), b) for a, b in zip(load(folder).parameters(), model.parameters(), strict=True))
+
+
+def test_a_tensor_at_an_odd_place_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Headers may be of any length, so that numbers need not lie where the processor wants them."""
+    folder = write(tmp_path)
+    expected = load(folder)
+    monkeypatch.setattr(checkpoint, "COPIED", 0)
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    file.write_bytes((length + 1).to_bytes(8, "little") + data[8 : 8 + length] + b" " + data[8 + length :])
+    assert all(torch.equal(a, b) for a, b in zip(expected.parameters(), load(folder).parameters(), strict=True))

@@ -167,6 +167,21 @@ def test_text_on_standard_output_figures_on_standard_error(generate: Call, lm: z
     assert found.groups() == (str(len(ids)), "10", "full", "float32", None)
 
 
+@pytest.mark.parametrize("attn", ["full", "sliding", "subgen"])
+@pytest.mark.parametrize("family", ["tiny", "tiny_mistral", "tiny_neox"])
+def test_families_answer_with_every_method(generate: Call, request: pytest.FixtureRequest, family: str, attn: str) -> None:
+    """At this length every method is exact, so the answer is that of one pass per token, past Mistral's window of 16."""
+    folder, n = request.getfixturevalue(family), 24
+    lm = zoo.load(str(folder), compile="off")
+    expected = greedy(lm, lm.tokenizer.encode(PROMPT), n)
+    assert len(expected) > 16
+    said = generate("--model", folder, PROMPT, "--attn", attn, "--max-new-tokens", str(n), "--json")
+    assert said.code == 0
+    assert said.last["answers"] == [lm.tokenizer.decode(expected)]
+    assert said.last["new_tokens"] == len(expected)
+    assert re.search(rf"^{attn}\S* cache", said.err, re.M)
+
+
 def test_one_new_token_has_no_decode_speed(generate: Call) -> None:
     said = generate(PROMPT, "--max-new-tokens", "1", "--json")
     assert FIGURES.fullmatch(said.err)

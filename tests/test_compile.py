@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import write_llama
+from conftest import write_checkpoint, write_llama
 
 import zoo
 from zoo import compiled
@@ -85,6 +86,38 @@ def test_compiled_equals_eager(folder: Path, attn: str) -> None:
     lm.step.mode = mode
     assert lm.step.ran["compiled"] - ran["compiled"] == 150
     assert lm.step.ran["eager"] - ran["eager"] == 150
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mistral", {"head_dim": 16, "sliding_window": 50}),  # the ring wraps three times
+        ("gpt_neox", {"rotary_pct": 0.5, "use_parallel_residual": False}),
+        ("llama", {"head_dim": 16, "rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 100}),  # 100 lies within
+    ],
+)
+def test_families_compile_once_and_equal_eager(tmp_path: Path, family: str, changes: dict[str, Any], one_graph: None) -> None:
+    """One graph for 150 steps from a prompt of 30 tokens, each step fed the same token as the eager one; in float64."""
+    from torch._dynamo.utils import counters
+
+    lm = zoo.load(str(write_checkpoint(tmp_path, family, num_hidden_layers=2, hidden_size=32, **changes)), compile="on")
+    lm.model.double()
+    ids = torch.randint(0, lm.config.vocab_size, (1, 180), generator=torch.Generator().manual_seed(1))
+    caches = [lm.new_cache(max_tokens=180) for _ in range(2)]
+    for cache in caches:
+        lm.prefill(ids[:, :30], cache)
+    counters.clear()
+    misses = []
+    for t in range(30, 180):
+        lm.step.mode = "on"
+        a = lm.decode_step(ids[:, t], caches[0])
+        lm.step.mode = "off"
+        misses.append(float((a - lm.decode_step(ids[:, t], caches[1])).abs().max()))
+    assert max(misses) < 1e-5
+    assert lm.step.ran == {"compiled": 150, "eager": 150}
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
 
 
 @pytest.mark.slow

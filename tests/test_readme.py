@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import zoo
-from zoo import attention, bench, chat, cli, generate, models
+from zoo import attention, bench, chat, checkpoint, cli, generate, models
 from zoo.attention.cache import Bytes
 from zoo.errors import ZooError
 
@@ -34,20 +34,26 @@ def test_the_commands_were_found() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_readme_command(command: str, tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs as written, but for the model and the length of the answer."""
+@pytest.mark.parametrize("family", ["tiny", "tiny_mistral", "tiny_neox"])
+def test_readme_command(
+    command: str, family: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs as written on each family, but for the model and the length of the answer."""
+    folder = request.getfixturevalue(family)
     monkeypatch.chdir(ROOT)
     stdin = SimpleNamespace(buffer=io.BytesIO(b"from standard input"), isatty=lambda: False, readline=iter(["hello\n", ""]).__next__)
     monkeypatch.setattr(sys, "stdin", stdin)
     lines = iter(["hello", "/stats", "/exit"])
     monkeypatch.setattr("builtins.input", lambda: next(lines))
     module, argv = shlex.split(command)[2], shlex.split(command)[3:]
-    extra = ["--model", str(tiny)]
-    if module == "zoo.bench":
+    extra = ["--model", str(folder)]
+    if module == "zoo.checkpoint":
+        extra, argv = [], [argv[0], str(folder)]
+    elif module == "zoo.bench":
         extra += ["--prompt-tokens", "4", "--new-tokens", "3", "--repeats", "2", "--compile", "off", "--dtype", "float32"]
     elif "--list" not in argv:
         extra += ["--max-new-tokens", "5"]
-    main = {"zoo.generate": generate.main, "zoo.chat": chat.main, "zoo.bench": bench.main}[module]
+    main = {"zoo.generate": generate.main, "zoo.chat": chat.main, "zoo.bench": bench.main, "zoo.checkpoint": checkpoint.main}[module]
     assert cli.run(main, extra + argv) == 0
     out, err = capsys.readouterr()
     assert out.strip()

@@ -11,6 +11,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from zoo.bpe import GPT2_SPLIT, LETTERS
 from zoo.errors import ZooError
-from zoo.tokenizer import LETTERS, Tokenizer
+from zoo.tokenizer import Tokenizer
 
 hf = pytest.importorskip("tokenizers", reason="compares with `tokenizers`, of the test extra")
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
@@ -287,9 +289,8 @@ def test_of_a_merge_that_is_listed_twice_the_later_counts() -> None:
 
 
 def from_string(data: str) -> Tokenizer:
-    from zoo.tokenizer import _from_json
-
-    return _from_json(json.loads(data), {"add_bos_token": False})
+    with tempfile.TemporaryDirectory() as folder:
+        return Tokenizer.load(write(Path(folder), data, add_bos_token=False))
 
 
 # --- byte-level BPE: real tokenizers ------------------------------------------------------------------------------------------------------
@@ -488,6 +489,7 @@ def test_where_templates_come_from(tmp_path: Path) -> None:
 ATTACKS = [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "{{ '{0.__class__.__init__.__globals__}'.format(raise_exception) }}",
+    "{{ ''|attr('__class__') }}",
     "{{ messages.append(1) }}",
     "{{ messages[0].update(role='system') }}",
     "{{ range(10 ** 9) | list }}",
@@ -500,7 +502,7 @@ ATTACKS = [
     "{% for %}",
     "{{ raise_exception('several\nlines') }}",
 ]
-SILENT = ["{{ ''.__class__ }}", "{{ ''|attr('__class__') }}", "{{ raise_exception.__globals__ }}", "{{ strftime_now.__code__ }}"]
+SILENT = ["{{ ''.__class__ }}", "{{ raise_exception.__globals__ }}", "{{ strftime_now.__code__ }}"]
 
 
 @pytest.mark.parametrize("template", SILENT)
@@ -584,18 +586,18 @@ def test_sentencepiece_with_special_tokens(tmp_path: Path) -> None:
     assert modern.decode([1, *the], skip_special=False) == "<s> the"
 
 
-def test_tokenizer_json_that_repeats_a_sentencepiece_model_gives_way_to_it(tmp_path: Path) -> None:
-    data = {
-        "model": {"type": "BPE", "byte_fallback": True, "vocab": {}, "merges": []},
-        "pre_tokenizer": None,
-        "normalizer": {"type": "Prepend"},
-    }
-    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
-    with pytest.raises(ZooError, match="pre_tokenizer"):
-        Tokenizer.load(tmp_path)
-    assert with_model(tmp_path, sentencepiece_model()).vocab_size == 420
-    write(tmp_path, trained("gpt2"), add_bos_token=False)
-    assert Tokenizer.load(tmp_path).vocab_size == trained("gpt2").get_vocab_size()  # byte-level: tokenizer.json comes first
+def test_which_file_is_read(tmp_path: Path) -> None:
+    model, theirs = sentencepiece_model(), converted(sentencepiece_model(), "legacy")
+    with_model(tmp_path, model)
+    sizes = [Tokenizer.load(tmp_path).vocab_size]
+    (tmp_path / "tekken.json").write_text(json.dumps(tekken()))
+    sizes.append(Tokenizer.load(tmp_path).vocab_size)
+    theirs.add_tokens(["one more"])
+    write(tmp_path, theirs)
+    sizes.append(Tokenizer.load(tmp_path).vocab_size)
+    assert sizes == [420, tekken()["config"]["default_vocab_size"], 421]
+    (tmp_path / "tokenizer.json").write_text("{")
+    one_line_error(tmp_path, "tokenizer.json")  # no other file stands in for a broken one
 
 
 def test_tiktoken_format(tmp_path: Path) -> None:
@@ -627,6 +629,430 @@ def test_tiktoken_format(tmp_path: Path) -> None:
         tmp_path, lines, added_tokens_decoder={str(base + 5): {"content": "<|five|>"}}, add_bos_token=False, eos_token="<|five|>"
     )
     assert renamed.encode("<|five|>", special=True) == [renamed.eos_id] == [base + 5]
+
+
+# --- sentencepiece models in tokenizer.json ---------------------------------------------------------------------------------------------
+
+STYLES = ["legacy", "bare", "first", "always", "never", "old", "split", "unk", "unks", "dropped", "whole", "added"]
+
+
+def converted(proto: bytes, style: str) -> Any:
+    """A sentencepiece model as Hugging Face's converters write it to tokenizer.json: every way to split a piece in two is a merge."""
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    vocab = {model.id_to_piece(i): i for i in range(model.vocab_size())}
+    merges = []
+    for piece, i in vocab.items():
+        pairs = [(piece[:at], piece[at:]) for at in range(1, len(piece)) if piece[:at] in vocab and piece[at:] in vocab]
+        merges += [(model.get_score(i), pair) for pair in sorted(pairs, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))]
+    merges.sort(key=lambda merge: -merge[0])
+    fallback = style not in ("unk", "unks", "dropped")
+    data = json.loads(
+        hf.Tokenizer(models.BPE(vocab, [pair for _, pair in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=fallback)).to_str()
+    )
+    data["model"] |= {"fuse_unk": style != "unks", "ignore_merges": style == "whole"} | ({"unk_token": None} if style == "dropped" else {})
+    prepend, replace = {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": style, "split": False}
+    if style in ("first", "always", "never"):
+        data["pre_tokenizer"] = metaspace
+    elif style == "split":
+        data["pre_tokenizer"] = metaspace | {"prepend_scheme": "always", "split": True}
+    elif style == "old":
+        data["pre_tokenizer"] = {
+            "type": "Metaspace",
+            "replacement": "▁",
+            "add_prefix_space": True,
+            "prepend_scheme": "always",
+            "split": False,
+        }
+    else:
+        data["normalizer"] = {"type": "Sequence", "normalizers": [replace] if style == "bare" else [prepend, replace]}
+    back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if style not in ("bare", "never") else []
+    data["decoder"] = {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]}
+    bos = {"id": "<s>", "ids": [1], "tokens": ["<s>"]}
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+    data["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": pair, "special_tokens": {"<s>": bos}}
+    theirs = hf.Tokenizer.from_str(json.dumps(data))
+    controls = [name for name, i in vocab.items() if model.is_control(i) or model.is_unknown(i)]
+    theirs.add_tokens([AddedToken(name, normalized=False, special=True) for name in controls])
+    if style == "added":
+        theirs.add_tokens([AddedToken(name, normalized=True) for name in ("x > 1", "naïve", "<|end|>", "é ")])
+        theirs.add_tokens([AddedToken(name, normalized=False) for name in ("<|im_end|>", "▁▁y", "<0x41>", "  ")])
+    return theirs
+
+
+SPACED = [
+    *FRAGMENTS,
+    "▁",
+    "▁▁ the",
+    " ▁",
+    "<0x0A>",
+    "<0x0",
+    "A>",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "[INST]",
+    " [/INST] ",
+    "x > 1",
+    " naïve",
+    "é ",
+    "▁▁y",
+]
+
+
+def mismatches(mine: Callable[[str], list[int]], theirs: Callable[[str], list[int]], strings: int, seed: int = 0) -> int:
+    """Of that many strings of many kinds, how many get other ids."""
+    return sum(mine(text) != theirs(text) for text in texts(strings, seed))
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    """Code, scripts, signs, spaces, controls, look-alikes of special tokens; of the characters that all tables agree about."""
+    rng = random.Random(seed)
+    words = [word for line in CORPUS for word in line.split(" ")]
+    ranges = [(0x20, 0x7F), (0x20, 0x7F), (0, 0x20), (0xA0, 0x250), (0x370, 0x530), (0x590, 0x700), (0x900, 0xE00), (0x3040, 0x3100)]
+    ranges += [
+        (0x4E00, 0x9FA6),
+        (0xAC00, 0xD7A4),
+        (0x2000, 0x2C00),
+        (0x300, 0x370),
+        (0x1F300, 0x1F650),
+        (0x10000, 0x10400),
+        (0xE000, 0xE100),
+    ]
+
+    def piece() -> str:
+        kind = rng.randrange(6)
+        if kind == 0:
+            return rng.choice(SPACED)
+        if kind == 1:
+            return rng.choice(" \n\t ") * rng.randrange(1, 6)
+        if kind == 2:
+            return rng.choice(["", " "]) + rng.choice(words)
+        low, high = rng.choice(ranges)
+        return "".join(c for c in (chr(rng.randrange(low, high)) for _ in range(rng.randrange(1, 9))) if known(c))
+
+    return ["", " ", *("".join(piece() for _ in range(rng.randrange(1, 9))) for _ in range(count - 2))]
+
+
+@pytest.fixture(scope="module", params=STYLES)
+def spaced(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Tokenizer, Any]:
+    theirs = converted(sentencepiece_model(), request.param)
+    folder = write(tmp_path_factory.mktemp("t"), theirs, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return request.param, Tokenizer.load(folder), theirs
+
+
+def test_sentencepiece_in_tokenizer_json(spaced: tuple[str, Tokenizer, Any]) -> None:
+    _, mine, theirs = spaced
+    assert (mine.bos_id, mine.eos_id) == (1, 2)
+    for text in [*CORPUS, *SPACED, "the " * 3000, "a" * 5000, " " * 5000, "東京" * 500]:
+        same_ids(mine, theirs, text)
+    for text in texts(1000):
+        same_ids(mine, theirs, text)
+
+
+def test_sentencepiece_in_tokenizer_json_decodes(spaced: tuple[str, Tokenizer, Any]) -> None:
+    kind, mine, theirs = spaced
+    theirs.encode_special_tokens = False
+    for text in texts(500, seed=1):
+        ids = mine.encode(text, special=True)
+        for skip in (True, False):
+            assert mine.decode(ids, skip) == theirs.decode(ids, skip_special_tokens=skip), repr(text)
+        stream, seen = mine.stream(), ""
+        for i in ids:
+            seen += (piece := stream.push(i))
+            assert "\ufffd" not in piece or "\ufffd" in text
+        assert seen + stream.finish() == mine.decode(ids)
+        if kind in ("legacy", "bare") and "▁" not in text and "<0x0A>" not in text:
+            assert mine.decode(mine.encode(text)) == text
+
+
+def test_bytes_that_are_no_utf8(spaced: tuple[str, Tokenizer, Any]) -> None:
+    """sentencepiece keeps the characters between broken bytes; `tokenizers` gives up the whole run, so only whole runs are compared."""
+    import sentencepiece
+
+    kind, mine, theirs = spaced
+    model = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
+    byte = {b: model.piece_to_id(f"<0x{b:02X}>") for b in range(256)}
+    rng = random.Random(0)
+    for _ in range(300):
+        ids = [byte[b] for b in rng.choice([b"\xe2\x82", b"\xf0\x9f\x98\x80a", b"\xff\x41\xc3", b"\xc3\xa9\xe6\x9d", rng.randbytes(5)])]
+        ids = [model.piece_to_id("a"), *ids, model.piece_to_id("b")]
+        assert mine.decode(ids) == model.decode(ids)
+        if kind == "legacy" and "\ufffd" not in mine.decode(ids):
+            assert mine.decode(ids) == theirs.decode(ids)
+
+
+def test_a_sentencepiece_model_and_its_tokenizer_json_agree(tmp_path: Path) -> None:
+    model = sentencepiece_model()
+    one = with_model(tmp_path / "model", model)
+    other = Tokenizer.load(write(tmp_path / "json", converted(model, "legacy"), bos_token="<s>"))
+    assert mismatches(one.encode, other.encode, 2000) == 0
+
+
+MUTANTS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "no first space": lambda data: data["normalizer"]["normalizers"].pop(0),
+    "no byte fallback": lambda data: data["model"].update(byte_fallback=False),
+    "spaces stay": lambda data: data.update(normalizer=None),
+    "merges reversed": lambda data: data["model"]["merges"].reverse(),
+    "a merge missing": lambda data: data["model"]["merges"].pop(0),
+    "ids shifted": lambda data: data["model"].update(vocab={t: i + (i > 5) for t, i in data["model"]["vocab"].items()}),
+    "split at spaces": lambda data: data.update(normalizer=None, pre_tokenizer=json.loads(METASPACE_NEVER)),
+}
+METASPACE_NEVER = '{"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": false}'
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_of_tokenizer_json_get_other_ids(name: str, tmp_path: Path) -> None:
+    theirs = converted(sentencepiece_model(), "legacy")
+    data = json.loads(theirs.to_str())
+    data["post_processor"] = None
+    MUTANTS[name](data)
+    mine = Tokenizer.load(write(tmp_path, data, add_bos_token=False))
+    theirs.encode_special_tokens = True
+    assert mismatches(mine.encode, lambda text: theirs.encode(text, add_special_tokens=False).ids, 300) > 5
+
+
+@settings(max_examples=600, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), min_size=1, max_size=12),
+    st.randoms(use_true_random=False),
+    st.lists(st.text("ab▁ cé", min_size=1, max_size=60), min_size=8),
+    st.booleans(),
+)
+def test_any_list_of_merges_of_characters(pairs: list[tuple[int, int]], rng: random.Random, strings: list[str], lacking: bool) -> None:
+    tokens, merges = list("ab▁"), []
+    for left, right in pairs:
+        pair = (tokens[left % len(tokens)], tokens[right % len(tokens)])
+        if len("".join(pair)) <= 8:
+            merges.append(pair)
+            tokens += [] if "".join(pair) in tokens else ["".join(pair)]
+    rng.shuffle(merges)
+    vocab = {token: i for i, token in enumerate(["<unk>", *tokens])}
+    theirs = hf.Tokenizer(models.BPE(vocab, merges, unk_token=None if lacking else "<unk>", fuse_unk=rng.random() < 0.5))
+    theirs.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=rng.choice(["first", "always", "never"]), split=rng.random() < 0.5)
+    theirs.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    mine = from_string(theirs.to_str())
+    for text in strings:
+        assert mine.encode(text) == theirs.encode(text).ids, (merges, text)
+
+
+# --- tekken.json --------------------------------------------------------------------------------------------------------------------------
+
+TEKKEN_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+"
+    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def tekken(special: int = 50, unused: int = 7, named: bool = False) -> dict[str, Any]:
+    """A tekken.json out of the trained tokenizer: more tokens than are used, and no names of special tokens unless `named`."""
+    merges = json.loads(trained("llama3").to_str())["model"]["merges"]
+    tokens = [bytes([b]) for b in range(256)] + [bytes(LETTERS[c] for c in a + b) for a, b in merges]
+    tokens = list(dict.fromkeys([*tokens, b">\n", b"1234", b"\n\n", b"-the", b"\n  ", *(b"unused%d" % i for i in range(unused))]))
+    vocab = [
+        {"rank": rank, "token_bytes": base64.b64encode(token).decode(), "token_str": token.decode(errors="replace")}
+        for rank, token in enumerate(tokens)
+    ]
+    config = {"pattern": TEKKEN_SPLIT, "num_vocab_tokens": len(tokens), "default_vocab_size": len(tokens) - unused + special}
+    data = {"config": config | {"default_num_special_tokens": special, "version": "v3"}, "vocab": vocab}
+    names = ["<unk>", "<s>", "</s>", "[A]", "[/A]"]
+    return data | ({"special_tokens": [{"rank": i, "token_str": n, "is_control": True} for i, n in enumerate(names)]} if named else {})
+
+
+def with_tekken(folder: Path, data: dict[str, Any] | str, **config: Any) -> Tokenizer:
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / "tekken.json").write_text(data if isinstance(data, str) else json.dumps(data), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return Tokenizer.load(folder)
+
+
+def test_tekken(tmp_path: Path) -> None:
+    import tiktoken
+
+    data = tekken()
+    mine = with_tekken(tmp_path, data)
+    size = data["config"]["default_vocab_size"]
+    ranks = {base64.b64decode(token["token_bytes"]): token["rank"] for token in data["vocab"][: size - 50]}
+    theirs = tiktoken.Encoding("test", pat_str=TEKKEN_SPLIT, mergeable_ranks=ranks, special_tokens={})
+    assert (mine.vocab_size, mine.bos_id, mine.eos_id, mine.special["[INST]"], mine.special["<SPECIAL_49>"]) == (size, 1, 2, 3, 49)
+
+    def shifted(text: str, by: int = 50) -> list[int]:
+        return [i + by for i in theirs.encode_ordinary(text)]
+
+    for text in texts(1500):
+        ids = mine.encode(text)
+        assert ids == [1, *shifted(text)]
+        assert mine.decode(ids) == text
+        stream = mine.stream()
+        pieces = [stream.push(i) for i in ids]
+        assert "".join(pieces) + stream.finish() == text
+        assert "\ufffd" not in "".join(pieces) or "\ufffd" in text
+    assert mine.encode("[INST]the[/INST]", bos=False, special=True) == [3, *shifted("the"), 4]
+    assert mine.encode("unused1", bos=False) == shifted("unused1")
+    # The comparison can fail: ids shifted by one, another pattern.
+    plain = lambda text: mine.encode(text, bos=False)  # noqa: E731
+    assert mismatches(plain, lambda text: shifted(text, 49), 200) > 100
+    swapped = with_tekken(tmp_path / "swapped", data | {"config": data["config"] | {"pattern": LLAMA3_SPLIT}})
+    assert mismatches(lambda text: swapped.encode(text, bos=False), shifted, 500) > 20
+    assert with_tekken(tmp_path / "named", tekken(named=True)).special["[A]"] == 3
+    added = with_tekken(tmp_path / "added", data, added_tokens_decoder={"20": {"content": "<|im_start|>"}}, add_bos_token=False)
+    assert added.encode("<|im_start|>", special=True) == [20]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "word"),
+    [
+        (("vocab", 300, "rank"), 5, "ranks"),
+        (("vocab", 300, "token_bytes"), "!!", "base64"),
+        (("vocab", 3, "token_bytes"), "YWI=", "256 bytes"),
+        (("vocab", 301, "token_bytes"), "", "empty"),
+        (("config", "default_vocab_size"), 10**9, "id"),
+        (("config", "default_num_special_tokens"), -1, "id"),
+        (("config", "pattern"), "(a", "tekken.json"),
+        (("config", "version"), "v13", "version"),
+        (("special_tokens",), [{"rank": 3, "token_str": "<s>"}], "special_tokens"),
+    ],
+)
+def test_tekken_that_is_wrong(path: tuple[Any, ...], value: Any, word: str, tmp_path: Path) -> None:
+    data = tekken()
+    edit(*path, to=value)(data)
+    (tmp_path / "tekken.json").write_text(json.dumps(data))
+    one_line_error(tmp_path, "tekken.json", word)
+
+
+# --- the tokenizers that Meta and Mistral ship, from their packages -----------------------------------------------------------------------
+
+MODELS = {
+    "v1": "mistral_common/data/tokenizer.model.v1",
+    "v2": "mistral_common/data/mistral_instruct_tokenizer_240216.model.v2",
+    "v3": "mistral_common/data/mistral_instruct_tokenizer_240323.model.v3",
+    "v7": "mistral_common/data/mistral_instruct_tokenizer_241114.model.v7",
+    "llama3": "llama_models/llama3/tokenizer.model",
+    "tekken": "mistral_common/data/tekken_240718.json",
+    "tekken v3": "mistral_common/data/tekken_240911.json",
+}
+
+
+def shipped(name: str) -> Path:
+    """A file of the unpacked packages mistral-common and llama-models, wherever they lie in the folder."""
+    folder = os.environ.get("ZOO_TEST_TOKENIZERS")
+    found = sorted(Path(folder).glob(f"**/{MODELS[name]}")) if folder else []
+    if not found:
+        pytest.skip("needs the unpacked wheels of mistral-common and llama-models in the folder that ZOO_TEST_TOKENIZERS names")
+    return found[0]
+
+
+def book() -> str:
+    return real_data("moby-dick-first-half.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v1", "v2", "v3", "v7"])
+def test_mistrals_sentencepiece_models(name: str, tmp_path: Path) -> None:
+    """tokenizer.model against sentencepiece; both notations of its tokenizer.json against `tokenizers`."""
+    import sentencepiece
+
+    proto = shipped(name).read_bytes()
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    mine = with_model(tmp_path / "model", proto)
+    assert (mine.bos_id, mine.eos_id, mine.vocab_size) == (1, 2, theirs.vocab_size())
+    assert ("[INST]" in mine.special) == (name != "v1")
+    strings = [*texts(10_000), book()]
+    assert sum(mine.encode(text, bos=False) != theirs.encode(text) for text in strings) == 0
+    assert mine.decode(mine.encode(book())) == book()
+    unprefixed = with_model(tmp_path / "unprefixed", proto + b"\x1a\x02\x18\x00")
+    assert mismatches(lambda text: unprefixed.encode(text, bos=False), theirs.encode, 200) > 100
+    for style in ("legacy", "first"):
+        fast = converted(proto, style)
+        other = Tokenizer.load(write(tmp_path / style, fast, bos_token="<s>", eos_token="</s>"))
+        for text in strings:
+            same_ids(other, fast, text)
+        ids = other.encode(book())
+        assert other.decode(ids) == fast.decode(ids) == book()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["v1", "v2", "v3", "v7"])
+def test_mistrals_sentencepiece_models_as_mistral_reads_them(name: str, tmp_path: Path) -> None:
+    module = pytest.importorskip("mistral_common.tokens.tokenizers.sentencepiece", reason="compares with mistral-common")
+    theirs = module.SentencePieceTokenizer(shipped(name))
+    mine = with_model(tmp_path, shipped(name).read_bytes())
+    assert sum(mine.encode(text) != theirs.encode(text, bos=True, eos=False) for text in [*texts(10_000), book()]) == 0
+    for text in texts(500):
+        if not set("\u2581\0") & set(text):
+            assert mine.decode(ids := mine.encode(text)) == theirs.decode(ids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tekken", "tekken v3"])
+def test_mistrals_tekken(name: str, tmp_path: Path) -> None:
+    module = pytest.importorskip("mistral_common.tokens.tokenizers.tekken", reason="compares with mistral-common")
+    theirs = module.Tekkenizer.from_file(shipped(name))
+    mine = with_tekken(tmp_path, shipped(name).read_text(encoding="utf-8"))
+    assert (mine.vocab_size, mine.bos_id, mine.eos_id) == (theirs.n_words, theirs.bos_id, theirs.eos_id) == (131072, 1, 2)
+    strings = [*texts(10_000), book()]
+    assert sum(mine.encode(text) != theirs.encode(text, bos=True, eos=False) for text in strings) == 0
+    assert mine.special == {name: theirs.get_special_token(name) for name in mine.special}
+    assert len(mine.special) == 1000
+    rng = random.Random(0)
+    for _ in range(500):
+        ids = rng.choices(range(1000, mine.vocab_size), k=12)
+        assert mine.decode(ids) == theirs.decode(ids)
+    ids = mine.encode(book())
+    assert mine.decode(ids) == book()
+    stream = mine.stream()
+    assert "".join(map(stream.push, ids)) + stream.finish() == book()
+    assert mismatches(lambda text: [i + 1 for i in mine.encode(text)], lambda text: theirs.encode(text, True, False), 100) > 90
+
+
+@pytest.mark.slow
+def test_tekken_and_its_tokenizer_json_agree(tmp_path: Path) -> None:
+    data = json.loads(shipped("tekken").read_text(encoding="utf-8"))
+    letters = {b: letter for letter, b in LETTERS.items()}
+    mine = with_tekken(tmp_path / "tekken", data)
+    tokens = [base64.b64decode(token["token_bytes"]) for token in data["vocab"][: mine.vocab_size - 1000]]
+    rank = {token: i for i, token in enumerate(tokens)}
+    merges = []
+    for token in tokens[256:]:
+        pairs = [(token[:at], token[at:]) for at in range(1, len(token)) if token[:at] in rank and token[at:] in rank]
+        merges += sorted(pairs, key=lambda pair: (rank[pair[0]], rank[pair[1]]))
+    word = {token: "".join(letters[b] for b in token) for token in tokens}
+    vocab = mine.special | {word[token]: 1000 + i for i, token in enumerate(tokens)}
+    theirs = hf.Tokenizer(models.BPE(vocab, [(word[a], word[b]) for a, b in merges], ignore_merges=True))
+    parts = [
+        pre_tokenizers.Split(Regex(data["config"]["pattern"]), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+    theirs.pre_tokenizer, theirs.decoder = pre_tokenizers.Sequence(parts), decoders.ByteLevel()
+    theirs.add_tokens([AddedToken(name, special=True, normalized=False) for name in mine.special])
+    other = Tokenizer.load(write(tmp_path / "json", theirs, bos_token="<s>", eos_token="</s>", add_bos_token=True))
+    strings = [*texts(10_000), book()]
+    for special in (True, False):
+        assert sum(mine.encode(text, special=special) != other.encode(text, special=special) for text in strings) == 0
+    theirs.encode_special_tokens = True
+    assert sum(mine.encode(text, bos=False) != theirs.encode(text).ids for text in strings) == 0
+    assert mine.special == other.special
+
+
+@pytest.mark.slow
+def test_llama3s_tiktoken_file(tmp_path: Path) -> None:
+    import tiktoken
+
+    lines = shipped("llama3").read_bytes()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines.splitlines())}
+    mine = with_model(tmp_path, lines)
+    theirs = tiktoken.Encoding("llama3", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=mine.special)
+    assert (mine.vocab_size, mine.bos_id, mine.eos_id, mine.special["<|eot_id|>"]) == (128256, 128000, 128001, 128009)
+    strings = [*texts(10_000), book()]
+    assert sum(mine.encode(text, bos=False) != theirs.encode_ordinary(text) for text in strings) == 0
+    assert sum(mine.encode(text, bos=False, special=True) != theirs.encode(text, allowed_special="all") for text in strings) == 0
+    assert mine.decode(mine.encode(book())) == book()
+    other = tiktoken.Encoding("gpt2", pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={})
+    assert mismatches(lambda text: mine.encode(text, bos=False), other.encode_ordinary, 300) > 20
 
 
 # --- what can be wrong --------------------------------------------------------------------------------------------------------------------

@@ -1,66 +1,110 @@
 """How the tensors of a checkpoint are read: safetensors only, strict in both directions, no pickle ever.
 
+    python -m zoo.checkpoint inspect NAME      what it is and whether this code runs it; reads headers, no weights
+    python -m zoo.checkpoint verify NAME       whether every file is whole; reads everything once or twice
+
 A checkpoint is a folder with config.json, a tokenizer, and model.safetensors or model.safetensors.index.json with the shards it
 names. Where both lie there, the index counts: only the files it names are fetched and read.
 
-Tensors are mapped, not read, and copied one by one into one buffer that holds the whole model: memory peaks at the model's bytes.
-It asks the kernel for huge pages, since decoding reads every weight once per token, and page walks cost it several per cent.
+A large model's parameters *are* the files: pages of a private mapping, read when they are first touched and shared with the page cache (a
+page that is changed gets a copy of its own); while the model is in use, its files must stay as they are. A small model, and one that
+changes its dtype, is read straight to its place in one block, which asks the kernel for huge pages: decoding reads every weight once per
+token, and page walks cost it several per cent. Either way memory peaks at about the model's bytes.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import hashlib
 import json
 import math
 import mmap
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from zoo.cli import Parser, run
 from zoo.errors import ZooError
+from zoo.models import FAMILIES
+from zoo.safetensors_header import Stored, one_line, open_file, read_header, read_json, reading
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-JSON_LIMIT = 16 << 20  # bytes; the largest index on the hub is under 10 MB
 ALIGN = 64  # bytes: one cache line, and the widest vector load
+COPIED = 1 << 30  # bytes; a larger model is mapped, not copied
+THREADS = 4  # more than cores: a cold disk is quickest with several requests at a time
+PIECE, CONVERTED = 16 << 20, 1 << 20  # bytes read at a time: into place; before they are converted, which should happen in a core's cache
 Shapes = dict[str, tuple[int, ...]]  # parameter -> shape
+__path__: list[str] = []  # zoo imports this file before `python -m` runs it again; runpy warns of that unless it looks like a package
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json as it is. Raises ZooError when it is missing, unreadable, no JSON object, or absurdly large or deep."""
-    return _json(folder / "config.json")
+    return read_json(folder / "config.json")
 
 
 def generation_config(folder: Path) -> dict[str, Any]:
     """generation_config.json, or {} without one. `eos_token_id` is an int or a list of ints. Raises ZooError as `read_config` does."""
-    raw = _json(path) if os.path.lexists(path := folder / "generation_config.json") else {}
-    eos = raw.get("eos_token_id")
-    if eos is not None and any(type(e) is not int for e in (eos if isinstance(eos, list) else [eos])):
-        raise ZooError(one_line(f"{path}: eos_token_id is {eos!r}; expected a token id or a list of them"))
+    raw = read_json(path) if os.path.lexists(path := folder / "generation_config.json") else {}
+    _ids(raw, path)
     return raw
 
 
-def _json(path: Path) -> dict[str, Any]:
-    with _reading(path):
-        if path.stat().st_size > JSON_LIMIT:
-            raise ValueError(f"larger than {JSON_LIMIT >> 20} MiB")
-        if isinstance(raw := json.loads(path.read_bytes()), dict):
-            return raw
-        raise ValueError("holds no JSON object")
+def end_ids(folder: Path) -> set[int]:
+    """The tokens that end an answer, as either config names them."""
+    return {*_ids(generation_config(folder), folder), *_ids(read_config(folder), folder / "config.json")}
+
+
+def _ids(raw: dict[str, Any], path: Path) -> list[int]:
+    eos = raw.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if any(type(e) is not int for e in ids):
+        raise ZooError(one_line(f"{path}: eos_token_id is {eos!r}; expected a token id or a list of them"))
+    return ids
+
+
+def lay_out(folder: Path) -> Any:
+    """The model that config.json describes, on `meta`. Its sizes must occur in the tensors: modules that no weight stands behind cost
+    memory too, and a config may ask for a billion layers, or for a head size that makes gigabytes of rotary frequencies."""
+    raw = read_config(folder)
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ZooError(one_line(f"{folder}/config.json: model_type {kind!r} is not implemented; known: {', '.join(FAMILIES)}"))
+    family = FAMILIES[kind]
+    try:
+        config = family.Config.from_dict(raw)
+    except ZooError as e:
+        raise ZooError(one_line(f"{folder}/{e}" if str(e).startswith("config.json") else f"{folder}/config.json: {e}")) from None
+    tensors = {name: t for file in weight_files(folder) for name, t in read_header(folder / file).items()}
+    widest = max((n for t in tensors.values() if t.end > t.begin for n in t.shape), default=0)
+    sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}
+    sizes |= {f"{name} x head_dim": getattr(config, name) * config.head_dim for name in ("num_attention_heads", "num_key_value_heads")}
+    for name, size in sizes.items():
+        if not 1 <= size <= widest:
+            raise ZooError(f"{folder}: config.json says {name}={size}, which no tensor has: the largest is {widest} wide")
+    with torch.device("meta"):
+        layer = {name for name, _ in family(replace(config, num_hidden_layers=1)).named_parameters() if "layers.0." in name}
+        there = sum(re.sub(r"layers\.\d+\.", "layers.0.", name, count=1) in layer for name in tensors)
+        if config.num_hidden_layers * len(layer) > 2 * there:  # a few that are missing are listed later, with all else that does not fit
+            found = there // len(layer)
+            raise ZooError(f"{folder}: config.json says num_hidden_layers={config.num_hidden_layers}, the tensors hold {found} layers")
+        return family(config)
 
 
 def weight_files(folder: Path) -> Mapping[str, set[str] | None]:
     """Each weight file's name, with the tensors that the index places in it (None: no index). Raises ZooError for a bad index."""
     if not os.path.lexists(path := folder / INDEX):
         return {SINGLE: None}
-    table = _json(path).get("weight_map")
+    table = read_json(path).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise ZooError(f"{path}: has no weight_map")
     files: dict[str, set[str]] = {}
@@ -68,7 +112,7 @@ def weight_files(folder: Path) -> Mapping[str, set[str] | None]:
         if not isinstance(file, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", file, re.ASCII):
             raise ZooError(one_line(f"{path}: names the shard {file!r}; expected the plain name of a .safetensors file in that folder"))
         files.setdefault(file, set()).add(tensor)
-    return files
+    return dict(sorted(files.items()))
 
 
 def load_into(model: nn.Module, folder: Path, dtype: torch.dtype | None, device: str | torch.device = "cpu") -> None:
@@ -82,52 +126,74 @@ def load_into(model: nn.Module, folder: Path, dtype: torch.dtype | None, device:
     """
     if dtype and not dtype.is_floating_point:
         raise ZooError(f"dtype {dtype} cannot hold weights; use float32, float16 or bfloat16")
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    first = {p: name for name, p in model.named_parameters()}
-    names = {name: first[p] for name, p in model.named_parameters(remove_duplicate=False)}  # every name -> the first for it
-    held, dtypes = _account(folder, names, shapes, getattr(model, "ignored_tensors", ()))
-    dtype = dtype or _agreed(folder, dtypes)
-    new, buffers = {}, _layout(shapes, dtype) if torch.device(device).type == "cpu" else {}
-    for name in shapes:
-        here = [n for n in names if names[n] == name and n in held]
-        with _reading(folder / held[here[0]]):
-            tensor, *copies = [_tensor(folder / held[n], n) for n in here]
-            if not all(torch.equal(tensor, copy) for copy in copies):
-                raise ValueError(f"config.json ties {' and '.join(here)}, but they differ: set tie_word_embeddings to false")
-            data = buffers[name].copy_(tensor) if buffers else tensor.to(device, dtype)
-        new[name] = nn.Parameter(data, requires_grad=False)
+    shapes, names = _shapes(model), _names(model)
+    held = _account(folder, names, shapes, getattr(model, "ignored_tensors", ()))
+    dtype = dtype or _agreed(folder, {DTYPES[stored.dtype] for _, stored in held.values()})
+    copies = {name: [n for n in names if names[n] == name and n in held] for name in shapes}
+    for one, *others in copies.values():
+        for other in others:
+            if not _equal(*held[one], *held[other]):
+                tie = f"config.json ties {one} and {other}, but they differ: set tie_word_embeddings to false"
+                raise ZooError(one_line(f"{held[other][0]}: {tie}"))
+    where = {name: held[copies[name][0]] for name in shapes}
+    if torch.device(device).type == "cpu":
+        size = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+        if size > COPIED and all(_as_it_lies(stored, dtype) for _, stored in where.values()):
+            data = _mapped(where, dtype)
+        else:
+            data = _layout(shapes, dtype)
+            _fill([(*where[name], tensor) for name, tensor in data.items()])
+    else:
+        data = {}
+        for name, shape in shapes.items():
+            path, stored = where[name]
+            _fill([(path, stored, host := torch.empty(shape, dtype=DTYPES[stored.dtype]))])
+            data[name] = host.to(device, dtype)
+    new = {name: nn.Parameter(tensor, requires_grad=False) for name, tensor in data.items()}
     for name, one in names.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, new[one])
-    if not buffers:
+    if torch.device(device).type != "cpu":
         model.to(device)
 
 
-def _account(folder: Path, names: dict[str, str], shapes: Shapes, ignored: Iterable[str]) -> tuple[dict[str, str], set[torch.dtype]]:
-    """The file of each parameter, and the dtypes seen. Raises ZooError with everything that does not fit."""
-    held: dict[str, str] = {}
-    dtypes, unexpected, misfit, alien = set(), [], [], []
+def _shapes(model: nn.Module) -> Shapes:
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def _names(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter -> the first for it."""
+    first = {p: name for name, p in model.named_parameters()}
+    return {name: first[p] for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _account(folder: Path, names: dict[str, str], shapes: Shapes, ignored: Iterable[str]) -> dict[str, tuple[Path, Stored]]:
+    """Where each parameter is stored. Raises ZooError with everything that does not fit."""
+    held: dict[str, tuple[Path, Stored]] = {}
+    unexpected, misfit, alien = [], [], []
     for file, placed in weight_files(folder).items():
-        with _reading(folder / file), safe_open(folder / file, framework="pt") as opened:
-            inside = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (it is no dict)
+        inside = read_header(folder / file)
         for name in sorted(inside.keys() | (placed or set())):
             if name not in names:
-                unexpected += [name] * (not any(re.fullmatch(pattern, name) for pattern in ignored))
+                unexpected += [name] * (not _matches(name, ignored))
             elif name in inside and placed is not None and name not in placed:
                 unexpected.append(f"{name} (in {file}, where the index does not place it)")
             elif name in inside:
-                shape, kind, expected = tuple(inside[name].get_shape()), inside[name].get_dtype(), shapes[names[name]]
-                misfit += [f"{name} is {shape}, expected {expected}"] * (shape != expected)
-                alien += [f"{name} is {kind}, expected {' or '.join(DTYPES)}"] * (kind not in DTYPES)
-                dtypes.add(DTYPES.get(kind, torch.float32))
-                held[name] = file
+                stored, expected = inside[name], shapes[names[name]]
+                misfit += [f"{name} is {stored.shape}, expected {expected}"] * (stored.shape != expected)
+                alien += [f"{name} is {stored.dtype}, expected {' or '.join(DTYPES)}"] * (stored.dtype not in DTYPES)
+                held[name] = folder / file, stored
     present = {names[name] for name in held}
     missing = [name for name in shapes if name not in present]
     faults = {"missing": missing, "unexpected": unexpected, "wrong shape": misfit, "wrong dtype": alien}
     if any(faults.values()):
         told = "; ".join(f"{what}: {', '.join(w[:10])}" + f" and {len(w) - 10} more" * (len(w) > 10) for what, w in faults.items() if w)
         raise ZooError(one_line(f"{folder}: the tensors do not fit this model: {told}"))
-    return held, dtypes
+    return held
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def _agreed(folder: Path, dtypes: set[torch.dtype]) -> torch.dtype:
@@ -155,24 +221,203 @@ def _layout(shapes: Shapes, dtype: torch.dtype) -> dict[str, Tensor]:
     return {n: torch.frombuffer(memory, dtype=dtype, count=math.prod(s), offset=starts[n]).view(s) for n, s in shapes.items()}
 
 
-def _tensor(path: Path, name: str) -> Tensor:
-    # The file is opened anew for each tensor: pages of a mapping that stays open pile up, and count as this process's memory.
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
+def _as_it_lies(stored: Stored, dtype: torch.dtype) -> bool:
+    """Whether a parameter can be a view of the file: a header may be of any length, and numbers then need not lie where they should."""
+    return DTYPES[stored.dtype] == dtype and stored.begin % dtype.itemsize == 0 and stored.begin < stored.end
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Whatever goes wrong with a file becomes a ZooError with its name."""
+def _mapped(where: Mapping[str, tuple[Path, Stored]], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Parameters that are pages of their files, one storage each (see `_layout`)."""
+    maps: dict[Path, mmap.mmap] = {}
+    data: dict[str, Tensor] = {}
+    for name, (path, stored) in where.items():
+        with reading(path):
+            if path not in maps:
+                with open_file(path) as file:
+                    maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            if stored.end > len(maps[path]):
+                raise ValueError("has become shorter while it was read")
+            count = math.prod(stored.shape)
+            data[name] = torch.frombuffer(maps[path], dtype=dtype, count=count, offset=stored.begin).view(stored.shape)
+    return data
+
+
+def _fill(wanted: Iterable[tuple[Path, Stored, Tensor]]) -> None:
+    """Stored tensors into tensors of their sizes, in pieces, by several threads: a read lets go of Python's lock, also while the kernel
+    hands out and clears the pages that it writes to, which takes as long as copying what is cached."""
+    jobs = []
+    for path, stored, tensor in wanted:
+        flat, step = tensor.view(-1), PIECE // DTYPES[stored.dtype].itemsize
+        jobs += [(path, stored, i, flat[i : i + step]) for i in range(0, len(flat), step)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        for _ in pool.map(lambda job: _read(*job), jobs):  # leaving the loop by an error or Ctrl-C drops the jobs that wait
+            pass
+
+
+def _read(path: Path, stored: Stored, start: int, out: Tensor) -> None:
+    """Numbers `start` and following of a stored tensor, as many as `out` (n,) holds, converted to its dtype."""
+    kind = DTYPES[stored.dtype]
+    buffer = out if out.dtype == kind else torch.empty(min(len(out), CONVERTED // kind.itemsize), dtype=kind)
+    with reading(path), open_file(path) as file:
+        file.seek(stored.begin + start * kind.itemsize)
+        for part in out.split(len(buffer)):
+            room = memoryview((ctypes.c_char * (len(part) * kind.itemsize)).from_address(buffer.data_ptr())).cast("B")
+            while room:
+                if not (n := file.readinto(room)):
+                    raise ValueError("became shorter while it was read")
+                room = room[n:]
+            if buffer is not out:
+                with torch.inference_mode():  # the caller may be in it, and threads do not inherit that
+                    part.copy_(buffer[: len(part)])
+
+
+def _equal(path: Path, stored: Stored, other_path: Path, other: Stored) -> bool:
+    """Whether two stored tensors hold the same numbers, compared in float32, which holds all dtypes of the file exactly."""
+    step = CONVERTED // 4
+    a, b = torch.empty(step), torch.empty(step)
+    for start in range(0, count := math.prod(stored.shape), step):
+        n = min(step, count - start)
+        _read(path, stored, start, a[:n])
+        _read(other_path, other, start, b[:n])
+        if not torch.equal(a[:n], b[:n]):
+            return False
+    return True
+
+
+# What a checkpoint is, and whether it is whole: the command line
+
+
+def inspect(folder: Path) -> dict[str, Any]:
+    """What the headers and the small files say; no weight is read. Raises ZooError where they cannot be read; a checkpoint that is
+    whole but that this code cannot run has its first reason in `refused`."""
+    from zoo.tokenizer import Tokenizer
+
+    raw, files = read_config(folder), {file: read_header(folder / file) for file in weight_files(folder)}
+    tensors = {name: t for inside in files.values() for name, t in inside.items()}
+    about: dict[str, Any] = {"folder": str(folder), "family": raw.get("model_type"), "config": raw, "parameters": None, "refused": None}
+    about["bytes"] = sum(t.end - t.begin for t in tensors.values())
+    about["files"] = {file: os.path.getsize(folder / file) for file in files}
+    about["dtypes"] = sorted({t.dtype for t in tensors.values()})
+    about |= {"tensors": len(tensors), "ignored": [], "tokenizer": None, "vocabulary": None}
     try:
-        yield
-    except FileNotFoundError as e:
-        denied = path.exists() and not os.access(path, os.R_OK)  # safetensors says "not found" of any file that it cannot open
-        raise ZooError(one_line(f"{path}: Permission denied" if denied else f"{path} is missing")) from e
-    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as e:  # too deep a JSON is a RuntimeError, too
-        raise ZooError(one_line(f"{path}: {getattr(e, 'strerror', None) or e or type(e).__name__}")) from e
+        model = lay_out(folder)
+        about["ignored"] = sorted(name for name in tensors if _matches(name, model.ignored_tensors))
+        about["parameters"] = sum(p.numel() for p in model.parameters())
+        _account(folder, _names(model), _shapes(model), model.ignored_tensors)
+        end_ids(folder)
+        tokenizer = Tokenizer.load(folder)
+        about |= {"tokenizer": type(tokenizer._backend).__name__, "vocabulary": tokenizer.vocab_size}
+    except ZooError as e:
+        about["refused"] = str(e)
+    return about
 
 
-def one_line(text: object) -> str:
-    """`text` without line breaks or control characters, which a damaged file may hold."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(text).split()))[:4000]
+def verify(folder: Path) -> list[tuple[str, str, bool]]:
+    """(file, what was found, whether it is as it should be): sizes, names, checksums where the hub's cache knows them, weights that are
+    no finite number. Reads all weights."""
+    from zoo import hub
+    from zoo.tokenizer import Tokenizer
+
+    sums, found, data = hub.checksums(folder), [], 0
+    try:
+        table = weight_files(folder)
+    except ZooError as e:
+        return [(INDEX, str(e), False)]
+    for file, placed in table.items():
+        try:
+            tensors = read_header(folder / file)
+            data += sum(t.end - t.begin for t in tensors.values())
+            words = [f"{os.path.getsize(folder / file):,} bytes, {len(tensors)} tensors"]
+            wrong = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])})" for what, names in _strays(tensors, placed).items() if names]
+            bad = {name: n for name, t in tensors.items() if t.dtype in DTYPES and (n := _not_finite(folder / file, t))}
+            wrong += [f"{sum(bad.values()):,} weights are NaN or infinite ({', '.join(list(bad)[:3])})"] * bool(bad)
+            if file in sums:
+                with reading(folder / file), open(folder / file, "rb") as f:
+                    same = hashlib.file_digest(f, "sha256").hexdigest() == sums[file]
+                words += ["the hub's sha256"] * same
+                wrong += ["its sha256 is not the hub's; download it again"] * (not same)
+            found.append((file, one_line(", ".join(words + wrong)), not wrong))
+        except ZooError as e:
+            found.append((file, str(e), False))
+    if os.path.lexists(folder / INDEX):
+        about = read_json(folder / INDEX).get("metadata")
+        total = about.get("total_size") if isinstance(about, dict) else None
+        good = total is None or total == data
+        found.insert(0, (INDEX, one_line(f"{len(table)} shards, total_size {total!r}" + f", but they hold {data}" * (not good)), good))
+    checks: list[tuple[str, Any]] = [("config.json", lambda: _check(folder)), ("tokenizer", lambda: Tokenizer.load(folder))]
+    for what, check in checks:
+        try:
+            check()
+            found.append((what, "fit this code", True))
+        except ZooError as e:
+            found.append((what, str(e), False))
+    return found
+
+
+def _check(folder: Path) -> None:
+    """All that loading checks before it reads weights."""
+    model = lay_out(folder)
+    _account(folder, _names(model), _shapes(model), model.ignored_tensors)
+    end_ids(folder)
+
+
+def _strays(tensors: Mapping[str, Stored], placed: set[str] | None) -> dict[str, set[str]]:
+    if placed is None:
+        return {}
+    return {"tensors that the index does not place here": tensors.keys() - placed, "tensors missing": placed - tensors.keys()}
+
+
+def _not_finite(path: Path, stored: Stored) -> int:
+    step = CONVERTED // DTYPES[stored.dtype].itemsize
+    buffer, bad = torch.empty(step, dtype=DTYPES[stored.dtype]), 0
+    for start in range(0, count := math.prod(stored.shape), step):
+        _read(path, stored, start, part := buffer[: min(step, count - start)])
+        if not part.abs().amax().isfinite():  # much quicker than counting, and hardly ever true
+            bad += len(part) - int(part.isfinite().sum())
+    return bad
+
+
+def main(argv: list[str] | None = None) -> None:
+    from zoo import hub  # which imports this file
+
+    p = Parser(prog="python -m zoo.checkpoint", description="What a checkpoint is, and whether it is whole.")
+    p.add_argument("command", choices=["inspect", "verify"], help="inspect reads headers only; verify reads all weights")
+    p.add_argument("name", help="a known name, a hub id, or a folder; fetched first where it is not on this machine")
+    p.add_argument("--json", action="store_true", help="print the findings as one JSON object, the last line of standard output")
+    args = p.parse_args(argv)
+    folder = hub.find(args.name)
+    if args.command == "inspect":
+        about = inspect(folder)
+        print(show(about))
+        if args.json:
+            print(json.dumps(about))
+        return
+    found = verify(folder)
+    for file, text, good in found:
+        print(f"{'ok   ' if good else 'WRONG'} {file}: {text}")
+    if args.json:
+        print(json.dumps([{"file": file, "found": text, "ok": good} for file, text, good in found]))
+    if wrong := [file for file, _, good in found if not good]:
+        raise ZooError(f"{folder}: {len(wrong)} of {len(found)} checks failed: {', '.join(wrong)}")
+
+
+def show(about: dict[str, Any]) -> str:
+    """The findings of `inspect` for people."""
+    numbers = {key: value for key, value in about["config"].items() if type(value) in (int, float, dict)}
+    count, ignored = about["parameters"], about["ignored"]
+    lines = {
+        "folder": about["folder"],
+        "family": about["family"],
+        "config": ", ".join(f"{key} {value}" for key, value in numbers.items()),
+        "parameters": f"{count:,}" if count else "unknown",
+        "weights": f"{about['bytes']:,} bytes, {about['tensors']} tensors, {', '.join(about['dtypes'])}",
+        "files": ", ".join(f"{file} ({size:,})" for file, size in about["files"].items()),
+        "tokenizer": f"{about['tokenizer']}, {about['vocabulary']:,} tokens" if about["tokenizer"] else "not read",
+        "ignored": f"{len(ignored)} tensors: {', '.join(ignored[:5])}" if ignored else "nothing",
+        "runs": f"no: {about['refused']}" if about["refused"] else "yes",
+    }
+    return "\n".join(f"{key:<11}{one_line(value)}" for key, value in lines.items())
+
+
+if __name__ == "__main__":
+    raise SystemExit(run(main))

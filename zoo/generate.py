@@ -33,8 +33,9 @@ def listing() -> str:
     from zoo.hub import KNOWN, available
 
     lines = ["models (any hub id or folder of these families works too):"]
-    for name in zoo.models():  # type: ignore[operator]
-        lines.append(f"  {name:16} {available(name) or '-':24} {KNOWN[name].hub_id}")
+    for name, model in KNOWN.items():
+        licence = model.licence + ", gated" * model.gated
+        lines.append(f"  {name:24} {model.family:8} {model.gigabytes:6.3g} GB  {licence:15} {available(name) or '-':20} {model.hub_id}")
     lines += ["", "attention methods, their options and defaults:"]
     for name, options in zoo.attentions().items():
         spelling = name + (":" + ",".join(f"{k}={v}" for k, v in options.items()) if options else "")

@@ -18,7 +18,6 @@ from zoo.attention.cache import Caches
 from zoo.attention.slots import BACKENDS
 from zoo.compiled import Step
 from zoo.errors import ZooError
-from zoo.models import FAMILIES
 from zoo.sampling import Sampler, sampler
 from zoo.tokenizer import Tokenizer
 
@@ -337,16 +336,9 @@ def load(
     except (RuntimeError, AssertionError) as e:
         raise ZooError(f"device {device!r} cannot be used here: {str(e).partition(chr(10))[0]}") from None
     folder: Path = hub.find(name)
-    raw = checkpoint.read_config(folder)
-    kind = raw.get("model_type")
-    if kind not in FAMILIES:
-        raise ZooError(f"{folder}/config.json: model_type {kind!r} is not implemented; known: {', '.join(FAMILIES)}")
-    family = FAMILIES[kind]
-    with torch.device("meta"):
-        model = family(family.Config.from_dict(raw))
+    model, ends = checkpoint.lay_out(folder), checkpoint.end_ids(folder)
     tokenizer = Tokenizer.load(folder)
     checkpoint.load_into(model, folder, dtype)
     model = model.to(device).eval().requires_grad_(False)
-    ends = [checkpoint.generation_config(folder).get("eos_token_id"), raw.get("eos_token_id"), tokenizer.eos_id]
-    end_ids = {i for e in ends if e is not None for i in (e if isinstance(e, list) else [e])}
+    end_ids = ends if tokenizer.eos_id is None else ends | {tokenizer.eos_id}
     return LM(model, tokenizer, method, frozenset(end_ids), compile, backend)

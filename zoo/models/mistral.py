@@ -2,7 +2,7 @@
 
 What differs from Llama (zoo/models/llama.py):
 - a sliding window, in v0.1: a query at position p sees positions p-W+1 .. p, its own included. v0.2 and later have none (`null`).
-  It limits every attention method, `full` too, and a cache never holds more than the window
+  It limits every attention method, `full` too; the caches of `full` and `sliding` never hold more than the window
 - head_dim is an option of its own: Nemo's 32 heads of 128 are narrower than its hidden size of 5120
 - grouped queries everywhere, 8 key/value heads; no biases
 
