@@ -691,10 +691,10 @@ def damaged(kind: str, folder: Path) -> Path:
     """A checkpoint with one fault."""
     changes: dict[str, dict[str, Any]] = {
         "unknown key": {"frobnication": 3},
-        "scaling": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+        "scaling": {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}},
         "activation": {"hidden_act": "gelu"},
         "family": {"model_type": "mamba"},
-        "shape": {"vocab_size": 7777},
+        "shape": {"intermediate_size": 95},
         "negative": {"num_hidden_layers": -2},
     }
     write_llama(folder, **({} if kind not in changes or kind == "shape" else changes[kind]))
@@ -731,10 +731,10 @@ FAULTS = {
     "no config": ["no config.json"],
     "config is no JSON": ["config.json"],
     "unknown key": ["frobnication"],
-    "scaling": ["'yarn' is not implemented"],
+    "scaling": ["'longrope' is not implemented"],
     "activation": ["hidden_act='gelu' is not implemented"],
     "family": ["model_type 'mamba' is not implemented", "llama"],
-    "shape": ["wrong shape", "expected (7777, 64)"],
+    "shape": ["wrong shape", "expected (95, 64)"],
     "negative": ["num_hidden_layers", "-2"],
     "half a shard": ["model.safetensors"],
     "flipped bit": ["model.safetensors"],

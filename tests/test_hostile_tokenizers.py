@@ -5,6 +5,7 @@ prints a line of JSON for each. The rules: a ZooError or a result, within SECOND
 memory, as the system counts it (so what C++ takes is in it).
 """
 
+# ruff: noqa: E501 (lists of inputs, one after the other)
 from __future__ import annotations
 
 import base64
@@ -12,7 +13,9 @@ import ctypes
 import json
 import os
 import random
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,12 +27,12 @@ from typing import Any
 import pytest
 
 pytest.importorskip("tokenizers", reason="makes its tokenizers with `tokenizers`, of the test extra")
-from hypothesis import HealthCheck, given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from test_tokenizer import CORPUS, converted, sentencepiece_model, split, tekken, trained  # noqa: E402
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_tokenizer import CORPUS, converted, sentencepiece_model, split, tekken, trained
 
-from zoo.errors import ZooError  # noqa: E402
-from zoo.tokenizer import Tokenizer  # noqa: E402
+from zoo.errors import ZooError
+from zoo.tokenizer import Tokenizer
 
 SECONDS, MARGIN = 2.0, 32 << 20
 TEXTS = ["", "the numbers of Größe 東京 😀 \x00▁ x > 10", "a" * 40 + "!", " " * 40, "<s>[INST]<|end|><0x41>"]
@@ -59,7 +62,7 @@ def other_model(**options: Any) -> bytes:
     import sentencepiece
 
     out = io.BytesIO()
-    given = {"sentence_iterator": iter(CORPUS), "model_writer": out, "byte_fallback": True, "minloglevel": 2, "character_coverage": 0.9}
+    given = {"sentence_iterator": iter(CORPUS), "model_writer": out, "byte_fallback": True, "minloglevel": 2, "character_coverage": 0.98}
     sentencepiece.SentencePieceTrainer.train(**given, user_defined_symbols=["<tool>"], **options)
     return out.getvalue()
 
@@ -150,8 +153,12 @@ def twice() -> Iterator[Files]:
 def wrong() -> Iterator[Files]:
     found: list[Files] = []
     where = [(base, name, path) for base, name in JSON_FILES for path in places(json.loads(GOOD[base][name]))]  # type: ignore[arg-type]
-    odd = st.sampled_from([None, True, 0, -1, 1e9, 2**70, "", "x", "\ud800", "▁", [], [1], [[]], {}, {"a": {}}, {"type": "ByteLevel"}, ["a", "b"]])
-    json_value = odd | st.recursive(st.none() | st.integers() | st.floats() | st.text(max_size=5), lambda v: st.lists(v, max_size=3), max_leaves=5)
+    odd = st.sampled_from(
+        [None, True, 0, -1, 1e9, 2**70, "", "x", "\ud800", "▁", [], [1], [[]], {}, {"a": {}}, {"type": "ByteLevel"}, ["a", "b"]]
+    )
+    json_value = odd | st.recursive(
+        st.none() | st.integers() | st.floats() | st.text(max_size=5), lambda v: st.lists(v, max_size=3), max_leaves=5
+    )
 
     @settings(max_examples=700, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
     @given(st.sampled_from(where), json_value)
@@ -223,8 +230,28 @@ def chain(data: Any) -> None:
 REGEXES = ["(a+)+b", "(a|a)*b", "(a*)*b", "(?:a{0,999}){0,999}b", "(?:(?:a{999}){999}){999}", "(.*)*\\1x", "(?R)?a", "(?R)", "(?:aaa){e}"]
 REGEXES += ["(a?){30}a{30}", "(?=(a+)+b)", "(?<=(a+)+)b", "(" * 3000, "((" * 500 + "))" * 500, "[" * 4000, "a{999}" * 600, "(?P<n>a)(?&n)"]
 REGEXES += ["(a|b|ab)*c", "\\s*\\s*\\s*\\s*\\s*\\s*\\s*x", "( *)* x", "(?:a|aa)+b", "(a+)*(a+)*(a+)*b", "a**", "(?i:" * 900 + ")" * 900]
-REGEXES += ["\\p{Nonsense}", "\\x", "(?<!a*)b", "(?#", "(?(1)a|b)", "\\L<x>", "|" * 4000, "(?:" + "a|" * 1900 + ")*b", "", "^", "$", "x" * 10_000]
-REGEXES += ["(?>(a+)+)b", "(a{1,999}){1,999}b", "((a{1,99})+)+b", "[\\s\\S]*[\\s\\S]*[\\s\\S]*[\\s\\S]*\\d", "(?:(?:a?)*)*b", "(?:\\p{L}+\\s?)*\\d"]
+REGEXES += [
+    "\\p{Nonsense}",
+    "\\x",
+    "(?<!a*)b",
+    "(?#",
+    "(?(1)a|b)",
+    "\\L<x>",
+    "|" * 4000,
+    "(?:" + "a|" * 1900 + ")*b",
+    "",
+    "^",
+    "$",
+    "x" * 10_000,
+]
+REGEXES += [
+    "(?>(a+)+)b",
+    "(a{1,999}){1,999}b",
+    "((a{1,99})+)+b",
+    "[\\s\\S]*[\\s\\S]*[\\s\\S]*[\\s\\S]*\\d",
+    "(?:(?:a?)*)*b",
+    "(?:\\p{L}+\\s?)*\\d",
+]
 
 
 def regexes() -> Iterator[Files]:
@@ -233,9 +260,17 @@ def regexes() -> Iterator[Files]:
         yield dumped("bytes", JSON, set_at(("pre_tokenizer",), split(pattern=pattern)))
         part = split(pattern=pattern)["pretokenizers"][:1]
         yield dumped("bytes", JSON, set_at(("pre_tokenizer",), {"type": "Sequence", "pretokenizers": part * 3 + level}))
-        yield dumped("bytes", JSON, set_at(("pre_tokenizer",), {"type": "Sequence", "pretokenizers": [part[0] | {"pattern": {"String": pattern}}, *level]}))
+        yield dumped(
+            "bytes",
+            JSON,
+            set_at(("pre_tokenizer",), {"type": "Sequence", "pretokenizers": [part[0] | {"pattern": {"String": pattern}}, *level]}),
+        )
         yield dumped("tekken", TEKKEN, set_at(("config", "pattern"), pattern))
-    yield dumped("bytes", JSON, set_at(("pre_tokenizer",), {"type": "Sequence", "pretokenizers": split("Isolated")["pretokenizers"][:1] * 5000 + level}))
+    yield dumped(
+        "bytes",
+        JSON,
+        set_at(("pre_tokenizer",), {"type": "Sequence", "pretokenizers": split("Isolated")["pretokenizers"][:1] * 5000 + level}),
+    )
 
 
 def protos() -> Iterator[Files]:
@@ -284,10 +319,32 @@ def made_protos() -> Iterator[Files]:
         for kind in (1, 2, 3, 4, 5, 6, 0, 7, 2**31, 2**63):
             for text in (b"ab", b"", b"\xff", b"\0", b"<0x41>", "\u2581\u2581".encode(), b"a" * 10_000, b"the"):
                 yield put("model", MODEL, good + piece(text, score, kind))
-    trainer = [(3, 99), (3, 1), (3, 3), (3, 4), (4, 2**31), (35, 0), (40, 2**31 - 1), (40, 5), (41, 2**63), (42, 0), (43, 10**9), (44, 5), (45, b"\xff")]
+    trainer = [
+        (3, 99),
+        (3, 1),
+        (3, 3),
+        (3, 4),
+        (4, 2**31),
+        (35, 0),
+        (40, 2**31 - 1),
+        (40, 5),
+        (41, 2**63),
+        (42, 0),
+        (43, 10**9),
+        (44, 5),
+        (45, b"\xff"),
+    ]
     for number, value in trainer:
         yield put("model", MODEL, good + field(2, field(number, value)))
-    for blob in (b"", b"\0" * 4, b"\xff" * 400, b"\0\4\0\0" + b"\xff" * 1024, b"\0\4\0\0" + bytes(1024), os.urandom(4096), b"\x10\0\0\0" + os.urandom(500)):
+    for blob in (
+        b"",
+        b"\0" * 4,
+        b"\xff" * 400,
+        b"\0\4\0\0" + b"\xff" * 1024,
+        b"\0\4\0\0" + bytes(1024),
+        os.urandom(4096),
+        b"\x10\0\0\0" + os.urandom(500),
+    ):
         yield put("model", MODEL, good + field(3, field(2, blob)))
         yield put("normalizing", MODEL, GOOD["normalizing"][MODEL] + field(3, field(2, blob)))  # type: ignore[operator]
         yield put("unigram", MODEL, GOOD["unigram"][MODEL] + field(5, field(2, blob)))  # type: ignore[operator]
@@ -298,7 +355,18 @@ def made_protos() -> Iterator[Files]:
 
 def lines() -> Iterator[Files]:
     good: bytes = GOOD["tiktoken"][MODEL]  # type: ignore[assignment]
-    ends = [b"YWI= 300\n", b"YQ== 257\n", b"YWM= x\n", b"YWM=\n", b"YWM= 1 2\n", b"\n\n", b"YWM= -1\n", b"YWM= 1e9\n", b"\xff\xff 257\n", b" 257\n"]
+    ends = [
+        b"YWI= 300\n",
+        b"YQ== 257\n",
+        b"YWM= x\n",
+        b"YWM=\n",
+        b"YWM= 1 2\n",
+        b"\n\n",
+        b"YWM= -1\n",
+        b"YWM= 1e9\n",
+        b"\xff\xff 257\n",
+        b" 257\n",
+    ]
     ends += [b"YWM= %d\n" % i for i in (2**31, 2**40, 2**64, 10**30, 0)] + [b"YWM= " + b"9" * 5000 + b"\n", b"YWM= 257", b"YWM= 0257\n"]
     for end in ends:
         for before in (good, good[: len(good) // 2], good * 2, b""):
@@ -333,7 +401,9 @@ REACHES += [f"{{% {it} %}}" for it in (
     "block x %}{{ self.x() }}{% endblock", "set messages[0].role = 1", "set ns.x = 1", "autoescape true %}{% endautoescape", "debug", "trans %}x{% endtrans",
     "set x = namespace() %}{% set x.__class__ = 1", "for x in self", "for x in messages[0].__class__.__subclasses__() %}{% endfor", "raise", "call x() %}{% endcall",
 )]  # fmt: skip
-REACHES += ["{% macro m() %}{{ m.__globals__ }}{{ m._func }}{{ m._environment }}{{ caller }}{{ varargs }}{{ kwargs }}{% endmacro %}{{ m() }}"]
+REACHES += [
+    "{% macro m() %}{{ m.__globals__ }}{{ m._func }}{{ m._environment }}{{ caller }}{{ varargs }}{{ kwargs }}{% endmacro %}{{ m() }}"
+]
 REACHES += ["{% for x in [1] %}{{ loop.__class__ }}{{ loop._iterable }}{{ loop._iterator }}{{ loop._undefined }}{% endfor %}"]
 SECRETS = ["root:", "subclasses", "<class", "<function", "<module", "environ", "<built-in", "object at 0x"]
 
@@ -351,21 +421,64 @@ GIANTS = [f"{{{{ {it} }}}}" for it in (
     "('ab' * 10**5) | title | upper | lower | trim | wordcount", "dict([(1, 2)] * 10**9)", "'a' in 'b' * 10**9", "namespace(a='x' * 10**9)", "'x'.count('y' * 10**9)",
 )]  # fmt: skip
 _DOUBLE = "{{% set ns = namespace(v={}) %}}{{% for i in range(60) %}}{{% set ns.v = {} %}}{{% endfor %}}{}"
-for start, grow in [("'ab'", "ns.v ~ ns.v"), ("'ab'", "ns.v + ns.v"), ("[1]", "[ns.v, ns.v]"), ("[1]", "ns.v + ns.v"), ("(1,)", "(ns.v, ns.v)"), ("3", "ns.v * ns.v")]:
-    for use in ["{{ ns.v }}", "{{ ns.v == ns.v + ns.v }}", "{{ [ns.v] == [ns.v] }}", "{{ ns.v | tojson }}", "{{ ns.v | string | length }}", "{{ {ns.v: 1} }}", "{{ ns.v in [ns.v] }}"]:
+for start, grow in [
+    ("'ab'", "ns.v ~ ns.v"),
+    ("'ab'", "ns.v + ns.v"),
+    ("[1]", "[ns.v, ns.v]"),
+    ("[1]", "ns.v + ns.v"),
+    ("(1,)", "(ns.v, ns.v)"),
+    ("3", "ns.v * ns.v"),
+]:
+    for use in [
+        "{{ ns.v }}",
+        "{{ ns.v == ns.v + ns.v }}",
+        "{{ [ns.v] == [ns.v] }}",
+        "{{ ns.v | tojson }}",
+        "{{ ns.v | string | length }}",
+        "{{ {ns.v: 1} }}",
+        "{{ ns.v in [ns.v] }}",
+    ]:
         GIANTS.append(_DOUBLE.format(start, grow, use))
-GIANTS += [_DOUBLE.format("[1]", "{'a': ns.v, 'b': ns.v}", use) for use in ("{{ ns.v }}", "{{ ns.v | tojson }}", "{{ ns.v | dictsort }}", "{{ [ns.v] | sort }}")]
-GIANTS += [_DOUBLE.format("'ab'", grow, "") for grow in ("ns.v | replace('a', 'aa')", "ns.v.replace('a', 'aaa')", "[ns.v, ns.v] | join", "'%s%s' % (ns.v, ns.v)", "ns.v * 2")]
-GIANTS += [_DOUBLE.format("'ab'", grow, "") for grow in ("'%s%s' | format(ns.v, ns.v)", "(ns.v ~ 'x').join(['a', 'b', 'c'])", "ns.v | tojson | tojson", "ns.v | indent(4) ~ ns.v")]
+GIANTS += [
+    _DOUBLE.format("[1]", "{'a': ns.v, 'b': ns.v}", use)
+    for use in ("{{ ns.v }}", "{{ ns.v | tojson }}", "{{ ns.v | dictsort }}", "{{ [ns.v] | sort }}")
+]
+GIANTS += [
+    _DOUBLE.format("'ab'", grow, "")
+    for grow in ("ns.v | replace('a', 'aa')", "ns.v.replace('a', 'aaa')", "[ns.v, ns.v] | join", "'%s%s' % (ns.v, ns.v)", "ns.v * 2")
+]
+GIANTS += [
+    _DOUBLE.format("'ab'", grow, "")
+    for grow in ("'%s%s' | format(ns.v, ns.v)", "(ns.v ~ 'x').join(['a', 'b', 'c'])", "ns.v | tojson | tojson", "ns.v | indent(4) ~ ns.v")
+]
 _LOOP = "{{% for i in range(99999) %}}{}{{% endfor %}}"
-for inner in ["", "x", "{{ i }}", "{% set x = 1 %}", "{{ messages }}", "y" * 9000, "{% if i %}{% endif %}", "{% continue %}", "{{ 'a' * 9999 }}", "{{ loop.index }}"]:
+for inner in [
+    "",
+    "x",
+    "{{ i }}",
+    "{% set x = 1 %}",
+    "{{ messages }}",
+    "y" * 9000,
+    "{% if i %}{% endif %}",
+    "{% continue %}",
+    "{{ 'a' * 9999 }}",
+    "{{ loop.index }}",
+]:
     GIANTS += [_LOOP.format(inner), _LOOP.format(_LOOP.format(inner)), _LOOP.format(_LOOP.format(_LOOP.format(inner)))]
     GIANTS.append("{% macro m(n) %}" + inner + "{{ m(n + 1) }}{% endmacro %}{{ m(0) }}")
     GIANTS.append("{% macro m(n) %}" + inner + "{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}")
     GIANTS.append("{% for i in [[1]] recursive %}" + inner + "{{ loop([[1], [1]]) }}{% endfor %}")
-    GIANTS.append("{% macro m() %}{{ caller() }}{{ caller() }}" + inner + "{% endmacro %}" + "{% call m() %}" * 15 + "x" + "{% endcall %}" * 15)
-GIANTS += ["{% set ns = namespace(v=1) %}" + _LOOP.format("{% set ns.v = " + grow + " %}") + "{{ {ns.v: 1} }}{{ ns.v == ns.v }}" for grow in ("(ns.v,)", "[ns.v]", "{1: ns.v}", "-ns.v", "not ns.v")]
-GIANTS += ["{% set ns = namespace(v='') %}" + _LOOP.format("{% set ns.v = " + grow + " %}") for grow in ("ns.v ~ 'abcdefgh'", "ns.v + 'abcdefgh' * 99", "[ns.v, 'a' * 999]")]
+    GIANTS.append(
+        "{% macro m() %}{{ caller() }}{{ caller() }}" + inner + "{% endmacro %}" + "{% call m() %}" * 15 + "x" + "{% endcall %}" * 15
+    )
+GIANTS += [
+    "{% set ns = namespace(v=1) %}" + _LOOP.format("{% set ns.v = " + grow + " %}") + "{{ {ns.v: 1} }}{{ ns.v == ns.v }}"
+    for grow in ("(ns.v,)", "[ns.v]", "{1: ns.v}", "-ns.v", "not ns.v")
+]
+GIANTS += [
+    "{% set ns = namespace(v='') %}" + _LOOP.format("{% set ns.v = " + grow + " %}")
+    for grow in ("ns.v ~ 'abcdefgh'", "ns.v + 'abcdefgh' * 99", "[ns.v, 'a' * 999]")
+]
 GIANTS += [
     "{{ range(99999) | map('string') | map('upper') | select('in', range(99999) | list) | list | length }}",
     "{% filter upper %}" * 50 + "x" * 1000 + "{% endfilter %}" * 50,
@@ -450,7 +563,9 @@ def use(folder: Path) -> str:
 
 
 def run(root: Path, skip: int) -> None:
+    """Endless inputs are ended by the alarm, giants by the limit: both count as a crash."""
     GOOD.update(bases())
+    resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + (2 << 30),) * 2)
     trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)
     folder, number = root / "in", 0
     for name, (make, _) in CLASSES.items():
@@ -468,6 +583,7 @@ def run(root: Path, skip: int) -> None:
                     (folder / file).write_bytes(content)
             size = sum(len(content) if isinstance(content, bytes) else content for content in files.values())
             print(json.dumps({"number": number, "class": name}), flush=True)
+            signal.alarm(30)
             trim(0)
             Path("/proc/self/clear_refs").write_text("5")
             before, start = memory("VmRSS"), time.perf_counter()
@@ -486,7 +602,12 @@ def test_hostile_files(tmp_path: Path) -> None:
     broken: list[Any] = []
     while True:
         command = [sys.executable, __file__, str(tmp_path), str(len(seen))]
-        process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=280)
+        process = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        )
         rows = [json.loads(line) for line in process.stdout.splitlines()]
         pairs = list(zip(rows[::2], rows[1::2], strict=False))
         seen += [about | result for about, result in pairs]

@@ -212,7 +212,7 @@ def test_dynamic_prompts_come_in_one_call(checkpoints: dict[str, Path], tmp_path
 
 
 def turns(scaling: str, head_dim: int = 16, **changes: Any) -> Rotary:
-    return Rotary(head_dim, replace(read(Keys(spelled_flat(scaling)), context(SCALINGS[scaling])), **changes))
+    return Rotary(head_dim, replace(read(Keys(spelled_flat(scaling)), head_dim, context(SCALINGS[scaling])), **changes))
 
 
 def spelled_flat(scaling: str) -> dict[str, Any]:
@@ -306,3 +306,11 @@ def test_refuses_what_it_does_not_compute(scaling: dict[str, Any], named: str) -
 def test_longer_than_the_prompts() -> None:
     """The tests above look past the trained length."""
     assert TRAINED < PROMPT < LENGTH
+
+
+def test_dynamic_needs_more_than_two_dimensions() -> None:
+    """Its exponent is dim / (dim - 2)."""
+    raw = {**NEOX, "vocab_size": 400, "rope_scaling": {"type": "dynamic", "factor": 2.0}, "hidden_size": 32, "num_attention_heads": 4}
+    assert models.GPTNeoX.Config.from_dict({**raw, "rotary_pct": 0.5}).rope.partial == 0.5
+    with pytest.raises(ZooError, match="more than 2"):
+        models.GPTNeoX.Config.from_dict({**raw, "rotary_pct": 0.25})

@@ -96,7 +96,7 @@ def heads(keys: Keys, kv_heads: int | None = None) -> tuple[int, int, int]:
     return query, kv, head_dim
 
 
-def rope(keys: Keys, longest: int, theta: float = 10000.0, share: float | None = None) -> Rope:
+def rope(keys: Keys, head_dim: int, longest: int, theta: float = 10000.0, share: float | None = None) -> Rope:
     """Both spellings: `rope_theta` with `rope_scaling`, and the newer `rope_parameters` that holds both. longest: the config's
     max_position_embeddings. theta, share: what the family's own keys say; share None: all dimensions turn, and the config must not
     say otherwise. Raises ZooError naming what is missing, contradictory or not implemented."""
@@ -111,6 +111,8 @@ def rope(keys: Keys, longest: int, theta: float = 10000.0, share: float | None =
         raise ZooError(f"config.json: rotary theta {theta:g} must be above 1, and the rotary share {partial:g} at most 1")
     kind = inner.get("rope_type", str, inner.get("type", str, "default"))
     stretched = scaling(kind, inner, longest)
+    if isinstance(stretched, DynamicScaling) and int(head_dim * partial) <= 2:
+        raise ZooError("config.json: rotary scaling dynamic needs more than 2 turning dimensions a head")
     inner.finish()
     return Rope(theta, stretched, partial)
 

@@ -107,7 +107,7 @@ class GPTNeoXConfig:
             num_attention_heads=query,
             hidden_act=act,
             layer_norm_eps=keys.get("layer_norm_eps", float, 1e-5),
-            rope=rope(keys, longest, theta, share),
+            rope=rope(keys, head_dim, longest, theta, share),
             use_parallel_residual=keys.get("use_parallel_residual", bool, True),
             attention_bias=keys.get("attention_bias", bool, True),
             max_position_embeddings=longest,

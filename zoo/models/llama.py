@@ -64,7 +64,7 @@ class LlamaConfig:
             num_key_value_heads=kv,
             head_dim=head_dim,
             rms_norm_eps=keys.get("rms_norm_eps", float, 1e-6),
-            rope=rope(keys, longest),
+            rope=rope(keys, head_dim, longest),
             max_position_embeddings=longest,
             tie_word_embeddings=keys.get("tie_word_embeddings", bool, False),
             attention_bias=keys.get("attention_bias", bool, False),

@@ -58,7 +58,7 @@ class MistralConfig:
             num_key_value_heads=kv,
             head_dim=head_dim,
             rms_norm_eps=keys.get("rms_norm_eps", float, 1e-6),
-            rope=rope(keys, longest),
+            rope=rope(keys, head_dim, longest),
             # An absent window is v0.1's; only an explicit null means none.
             sliding_window=keys.get("sliding_window", int, None if "sliding_window" in raw else 4096),
             max_position_embeddings=longest,
