@@ -50,7 +50,7 @@ def bases() -> dict[str, Files]:
         "tekken": {TEKKEN: json.dumps(tekken(named=True)).encode(), CONFIG: config},
         "model": {MODEL: sentencepiece_model(), CONFIG: config},
         "normalizing": {MODEL: other_model(model_type="bpe", normalization_rule_name="nmt_nfkc", vocab_size=420), CONFIG: config},
-        "unigram": {MODEL: other_model(model_type="unigram", vocab_size=310), CONFIG: config},
+        "unigram": {MODEL: other_model(model_type="unigram", vocab_size=380), CONFIG: config},
         "tiktoken": {MODEL: lines + b"YWI= 256\n"},
     }
     return made
