@@ -420,6 +420,16 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     refused(folder, "model-00002-of-00003.safetensors: ")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "generation_config.json"])
+def test_a_pipe_is_no_file(tmp_path: Path, file: str) -> None:
+    folder = write(tmp_path)
+    (folder / file).unlink(missing_ok=True)
+    os.mkfifo(folder / file)
+    with pytest.raises(ZooError, match=rf"{file}: is no regular file"):
+        checkpoint.generation_config(folder) if file.startswith("gen") else checkpoint.lay_out(folder)
+
+
 def test_an_error_in_the_middle_leaves_the_model_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "PIECE", 64)  # over a thousand reads
     opened, opens = checkpoint.open_file, []

@@ -34,7 +34,7 @@ from test_tokenizer import CORPUS, converted, sentencepiece_model, split, tekken
 from zoo.errors import ZooError
 from zoo.tokenizer import Tokenizer
 
-SECONDS, MARGIN = 2.0, 32 << 20
+SECONDS, MARGIN, TEMPLATE_MARGIN = 2.0, 32 << 20, 64 << 20  # a template of 60 kB compiles to 50 MB
 TEXTS = ["", "the numbers of Größe 東京 😀 \x00▁ x > 10", "a" * 40 + "!", " " * 40, "<s>[INST]<|end|><0x41>"]
 Files = dict[str, bytes | int]  # an int is the size of a file of zeros
 JSON, MODEL, TEKKEN, CONFIG, TEMPLATE = "tokenizer.json", "tokenizer.model", "tekken.json", "tokenizer_config.json", "chat_template.jinja"
@@ -482,17 +482,17 @@ GIANTS += [
 GIANTS += [
     "{{ range(99999) | map('string') | map('upper') | select('in', range(99999) | list) | list | length }}",
     "{% filter upper %}" * 50 + "x" * 1000 + "{% endfilter %}" * 50,
-    "{% set x %}" + "y" * 1000 + "{% endset %}" + "{{ x }}" * 9000,
-    *("{{a}}" * 19_000, "{% if a %}x{% endif %}" * 4500, "{{ [" + "a," * 40_000 + "] }}", "{{ " + "a~" * 45_000 + "a }}", "{{ " + "a+" * 45_000 + "a }}"),
-    *("{{ " + "(" * n + "a" + ")" * n + " }}" for n in (100, 1000, 40_000)),
-    *("{{ " + "[" * n + "]" * n + " }}" for n in (100, 1000, 40_000)),
+    "{% set x %}" + "y" * 1000 + "{% endset %}" + "{{ x }}" * 4900,
+    *("{{a}}" * 11_900, "{{a}}" * 4900, "{% if a %}x{% endif %}" * 2700, "{{ [" + "a," * 29_000 + "] }}", "{{ " + "a~" * 4900 + "a }}", "{{ " + "a~" * 29_000 + "a }}", "{{ " + "a+" * 29_000 + "a }}"),
+    *("{{ " + "(" * n + "a" + ")" * n + " }}" for n in (100, 1000, 29_000)),
+    *("{{ " + "[" * n + "]" * n + " }}" for n in (100, 1000, 29_000)),
     *("{% for a in a %}" * n + "{% endfor %}" * n for n in (10, 25, 300, 3000)),
-    *("{% if a %}" + "{% elif a %}" * n + "{% endif %}" for n in (100, 3000, 8000)),
+    *("{% if a %}" + "{% elif a %}" * n + "{% endif %}" for n in (100, 1000, 5000)),
     *("{{ " + "not " * n + "a }}" for n in (100, 20_000)),
-    *("{{ a" + ".b" * n + " }}" for n in (100, 40_000)),
-    *("{{ a" + "|lower" * n + " }}" for n in (100, 16_000)),
-    *("{{ 1" + " if 1 else 1" * n + " }}" for n in (50, 8000)),
-    *("{#" * 40_000, "{{ '" * 20_000, "{% raw %}" * 10_000, "{%" * 50_000, "-%}" * 30_000, " " * 99_999 + "{", "{{" + " " * 99_000 + "}}", "\n" * 99_000 + "{% if"),
+    *("{{ a" + ".b" * n + " }}" for n in (100, 29_000)),
+    *("{{ a" + "|lower" * n + " }}" for n in (100, 8000)),
+    *("{{ 1" + " if 1 else 1" * n + " }}" for n in (50, 4000)),
+    *("{#" * 29_000, "{{ '" * 20_000, "{% raw %}" * 10_000, "{%" * 29_000, "-%}" * 19_000, " " * 59_999 + "{", "{{" + " " * 59_000 + "}}", "\n" * 59_000 + "{% if"),
 ]  # fmt: skip
 
 
@@ -508,7 +508,7 @@ def large() -> Iterator[Files]:
     for name in (JSON, TEKKEN, MODEL, CONFIG, TEMPLATE, "special_tokens_map.json", "chat_template.json"):
         for size in (100 << 20, 5 << 30):
             yield ({} if name in (TEKKEN, MODEL) else GOOD["bytes"]) | {name: size}
-    yield put("bytes", TEMPLATE, b"x" * 100_001)
+    yield put("bytes", TEMPLATE, b"x" * 60_001)
     yield put("bytes", CONFIG, json.dumps({"chat_template": "x" * 15_000_000}).encode())
     yield put("bytes", CONFIG, json.dumps({"bos_token": "x" * 15_000_000}).encode())
     yield put("bytes", JSON, b"[" + b"1," * 4_100_000 + b"1]")
@@ -619,9 +619,9 @@ def test_hostile_files(tmp_path: Path) -> None:
         assert len(broken) < 20, broken
 
     for row in seen:
-        said = row["said"]
+        said, margin = row["said"], TEMPLATE_MARGIN if "templates" in row["class"] else MARGIN
         good = said.startswith("result") or ("\n" not in said and str(tmp_path) in said and len(said) < 1500)
-        if said.startswith("escaped") or not good or row["seconds"] > SECONDS or row["memory"] > 2 * row["size"] + MARGIN:
+        if said.startswith("escaped") or not good or row["seconds"] > SECONDS or row["memory"] > 2 * row["size"] + margin:
             broken.append(row)
         if row["class"] == "templates that reach for Python":
             broken += [row for secret in SECRETS if said.startswith("result") and secret in said]

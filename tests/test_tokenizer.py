@@ -486,6 +486,23 @@ def test_where_templates_come_from(tmp_path: Path) -> None:
     assert load("from the config").render([]) == "from its own file"
 
 
+ONE_BY_ONE = (
+    "{% for m in messages %}{% if loop.index0 < messages | length %}"
+    "{{ m.role ~ ': ' ~ m['content'].strip() | trim }}\n{% endif %}{% endfor %}"
+)
+ALL_ANEW = (
+    "{% set ns = namespace(text='') %}{% for m in messages %}{% if m == messages[loop.index0] %}"
+    "{% set ns.text = ns.text + m.role + ': ' + m['content'].split('</think>')[-1].strip() + '\\n' %}{% endif %}{% endfor %}{{ ns.text }}"
+)
+
+
+@pytest.mark.parametrize(("template", "turns", "words"), [(ONE_BY_ONE, 2000, 300), (ALL_ANEW, 150, 120)])
+def test_a_long_conversation_stays_within_the_budget(template: str, turns: int, words: int, tmp_path: Path) -> None:
+    mine = Tokenizer.load(write(tmp_path, trained("gpt2"), add_bos_token=False, chat_template=template))
+    messages = [{"role": "user", "content": f"{i} " + "word " * words} for i in range(turns)]
+    assert mine.render(messages) == "".join(f"user: {m['content'].strip()}\n" for m in messages)
+
+
 ATTACKS = [
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "{{ '{0.__class__.__init__.__globals__}'.format(raise_exception) }}",

@@ -1,12 +1,13 @@
 """Three ways to merge the pieces of a text: byte-level BPE (tiktoken), BPE of characters, and a sentencepiece model.
 
-Each has `pieces` (id -> bytes of every token), `strips` (decoding drops one leading space) and `encode(text, first)`, where `first` says
-that nothing came before. What a file asks of a pattern is bounded: see `compile_pattern`.
+Each has `pieces` (id -> bytes of every token), `strips` (decoding drops one leading space) and `encode(text, first, deadline)`,
+where `first` says that nothing came before and the deadline is for patterns. What these may cost is bounded: see `compile_pattern`.
 """
 
 from __future__ import annotations
 
 import heapq
+import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import pairwise
@@ -34,25 +35,26 @@ Pair = tuple[str, str]
 # matching; anchors, flags and sets within sets, about which the engines disagree.
 _PATTERN = regex.compile(
     r"""(?: \\[pP]\{\^?\w+\} | \\[pP]\w | \\x[0-9A-Fa-f]{2} | \\u[0-9A-Fa-f]{4} | \\[sSdDwWrntfvbB] | \\[^\w\d]   # classes, escapes
-        | \((?:\?(?:i?:|<?[=!]|>))? | \) | \| | [*+?][+?]? | \{\d{1,3}(?:,\d{0,3})?\}\??                      # groups, repeats
+        | \((?:\?(?:i?:|<?[=!]|>)|(?!\?)) | \) | \| | [*+?][+?]? | \{\d{1,3}(?:,\d{0,3})?\}\??                      # groups, repeats
         | \[\^?\]?(?:\\[pP]\{\^?\w+\}|\\[^\d]|[^\]\\\[&]|&(?!&))*+\] | [^\\()\[\]{}*+?|^$] )*+""",
     regex.X,
 )
-_COUNTED_GROUP = regex.compile(r"\)[+?*]?\{")
+_COUNTED_GROUP, _COUNTS = regex.compile(r"\)[+?*]?\{"), regex.compile(r"(?<=\{|,)\d+(?=[,}])")
 
 
 def compile_pattern(pattern: str) -> regex.Pattern[str]:
     """A pattern out of a file. It may still take exponential time: `cut` has a deadline. What costs memory is refused here, for `regex`
-    writes out counted groups: three nested {1000} fill a computer."""
-    if len(pattern) > 4000 or not _PATTERN.fullmatch(pattern) or _COUNTED_GROUP.search(pattern):
+    writes out what is counted: three nested groups {1000} fill a computer."""
+    counts = sum(map(int, _COUNTS.findall(pattern)))
+    if len(pattern) > 4000 or not _PATTERN.fullmatch(pattern) or _COUNTED_GROUP.search(pattern) or counts > 1000:
         raise ZooError(f"unsupported pattern of Split {pattern[:60]!r}; classes, groups, repeats and lookaround are read")
     return regex.compile(pattern)
 
 
-def cut(pattern: regex.Pattern[str], text: str) -> Iterator[str]:
-    """The matches of `pattern` and what lies between them, in order. TimeoutError after a second, and 20 us a character."""
+def cut(pattern: regex.Pattern[str], text: str, deadline: float) -> Iterator[str]:
+    """The matches of `pattern` and what lies between them, in order. TimeoutError when time.monotonic() reaches `deadline`."""
     end = 0
-    for match in pattern.finditer(text, timeout=1 + 2e-5 * len(text)):
+    for match in pattern.finditer(text, timeout=max(deadline - time.monotonic(), 1e-3)):
         start, stop = match.span()
         if start > end:
             yield text[end:start]
@@ -84,13 +86,13 @@ class BytePairs:
         self._tiktoken = tiktoken.Encoding("zoo", pat_str=r"\s", mergeable_ranks=ranks, special_tokens={})
         self._remembered = lru_cache(maxsize=1 << 16)(self._merge)
 
-    def encode(self, text: str, first: bool) -> list[int]:
+    def encode(self, text: str, first: bool, deadline: float) -> list[int]:
         pieces = [text]
         for split in self._splits[:-1]:
-            pieces = [part for piece in pieces for part in cut(split, piece)]
+            pieces = [part for piece in pieces for part in cut(split, piece, deadline)]
         if self._prefix_space:
             pieces = [piece if piece.startswith(" ") else " " + piece for piece in pieces]
-        parts = [part for piece in pieces for part in cut(self._splits[-1], piece)]
+        parts = [part for piece in pieces for part in cut(self._splits[-1], piece, deadline)]
         return [i for part in parts for i in (self._remembered(part) if len(part) < 64 else self._merge(part))]
 
     def _merge(self, part: str) -> list[int]:
@@ -193,7 +195,7 @@ class CharPairs:
         self.pieces = {i: char_token_bytes(token) for token, i in vocab.items()}
         self._remembered = lru_cache(maxsize=1 << 16)(self._merge)
 
-    def encode(self, text: str, first: bool) -> list[int]:
+    def encode(self, text: str, first: bool, deadline: float) -> list[int]:
         text = self._prepare(text, first)
         if self._whole and text in self._vocab:
             return [self._vocab[text]]
@@ -240,6 +242,6 @@ class SentencePieces:
         }
         self.strips = any(not self.model.decode([i]).startswith(" ") for i, piece in self.pieces.items() if piece[:1] == b" " != piece)
 
-    def encode(self, text: str, first: bool) -> list[int]:
+    def encode(self, text: str, first: bool, deadline: float) -> list[int]:
         ids: list[int] = (self.model if first or self._every else self._bare).encode(text)
         return ids

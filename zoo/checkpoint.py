@@ -318,7 +318,8 @@ def verify(folder: Path) -> list[tuple[str, str, bool]]:
     from zoo import hub
     from zoo.tokenizer import Tokenizer
 
-    sums, found, data = hub.checksums(folder), [], 0
+    sums = {file: sha256 for file, (_, sha256) in hub.checksums(folder).items() if sha256}
+    found, data = [], 0
     try:
         table = weight_files(folder)
     except ZooError as e:

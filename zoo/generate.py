@@ -34,8 +34,8 @@ def listing() -> str:
 
     lines = ["models (any hub id or folder of these families works too):"]
     for name, model in KNOWN.items():
-        licence = model.licence + ", gated" * model.gated
-        lines.append(f"  {name:24} {model.family:8} {model.gigabytes:6.3g} GB  {licence:15} {available(name) or '-':20} {model.hub_id}")
+        licence, where = model.licence + ", gated" * model.gated, available(name) or "-"
+        lines.append(f"  {name:24} {model.family:8} {model.gigabytes:6.3g} GB  {licence:15} {where:20} {model.hub_id}@{model.revision[:7]}")
     lines += ["", "attention methods, their options and defaults:"]
     for name, options in zoo.attentions().items():
         spelling = name + (":" + ",".join(f"{k}={v}" for k, v in options.items()) if options else "")

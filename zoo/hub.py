@@ -20,8 +20,8 @@ from zoo.errors import ZooError
 ROOT = Path(__file__).resolve().parents[1]  # the checkout, where weights/ lies
 TOKENIZERS = ["tokenizer.json", "tokenizer.model", "tekken.json"]
 # All that is fetched beside the weights. Patterns match whole paths, so files of the same name in subfolders stay behind.
-SMALL = ["config.json", "generation_config.json", "chat_template.jinja", INDEX, *TOKENIZERS]
-SMALL += ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"]
+SMALL = ["config.json", "generation_config.json", INDEX, *TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json"]
+SMALL += ["chat_template.jinja", "chat_template.json"]
 HUB_ID = re.compile(r"[A-Za-z0-9]\w*(?:[-.]\w+)*/\w+(?:[-.]+\w+)*", re.ASCII)
 SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -110,19 +110,21 @@ def available(name: str) -> str | None:
     return f"weights/{name}" if _weights(name) else "hub cache" if hub else f"embedded ({state})" if state else None
 
 
-def checksums(folder: Path) -> dict[str, str]:
-    """File -> its SHA-256 on the hub, for a folder in the Hugging Face cache: all weights, and whatever else the hub keeps outside git.
+def checksums(folder: Path) -> dict[str, tuple[int, str | None]]:
+    """File -> (its size here, its SHA-256 on the hub or None where that is not known), for the files directly in `folder`.
 
-    Needs no network: there a file is a link to a blob, and the blob's name is the hash. Small files kept in git are left out, and any
-    other folder gives {}. Says what the bytes should be: whether they are is for the caller to compute.
+    Needs no network: in the Hugging Face cache a file is a link to a blob, and a blob from outside git (all weights are) is named by its
+    hash. Small files that the hub keeps in git, and all files of any other folder, have None. The hash says what the bytes should be:
+    whether they are is for the caller to compute. The size is what lies here, for the cache records no other. A file that is gone, though
+    its link is left, is left out.
     """
-    found = {}
+    found: dict[str, tuple[int, str | None]] = {}
     for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if file.is_symlink():
+        if file.is_file():
             # One link and no further: a blob may itself be a link, into a store that repositories share, named by another kind of hash.
-            blob = Path(os.readlink(file))
-            if blob.parent.name == "blobs" and SHA256.fullmatch(blob.name):
-                found[file.name] = blob.name
+            blob = Path(os.readlink(file)) if file.is_symlink() else file
+            known = blob.parent.name == "blobs" and SHA256.fullmatch(blob.name)
+            found[file.name] = file.stat().st_size, blob.name if known else None
     return found
 
 
@@ -163,8 +165,8 @@ def _download(name: str, hub_id: str, revision: str | None) -> Path:
     try:
         HfApi().model_info(hub_id, revision=revision)  # what follows would ask a hub that cannot be reached for half a minute
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=SMALL))
-        for file, sha256 in checksums(folder).items():
-            if file in SMALL and _sha256(folder / file) != sha256:
+        for file, (_, sha256) in checksums(folder).items():
+            if sha256 and file in SMALL and _sha256(folder / file) != sha256:
                 for path in ((folder / file).resolve(), folder / file):
                     path.unlink(missing_ok=True)
                 raise _damaged(hub_id, file)

@@ -3,7 +3,7 @@
 Nothing of Python can be reached: attributes are those of data (see METHODS), names are the arguments and a few functions, filters and
 tests are those listed here. What is bounded:
 
-- the source: MAX_TEMPLATE characters, which compile in about a second;
+- the source: MAX_TEMPLATE characters and MAX_NODES names, constants and operations, which compile in less than a second and 50 MB;
 - work and memory: a rendering has `BUDGET` units, more for a longer conversation (see `render`), and every loop turn, call, filter, test
   and operation takes STEP of them, every character that is made, compared or searched one. So a rendering makes at most that many
   characters in all, the output among them, and an endless loop ends. What could be large is paid for before it is made.
@@ -30,7 +30,7 @@ from jinja2.runtime import LoopContext, Macro
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-MAX_TEMPLATE = 100_000  # characters; the longest known is below 40,000
+MAX_TEMPLATE, MAX_NODES = 60_000, 5_000
 BUDGET, MAX_BUDGET, STEP = 4_000_000, 100_000_000, 20
 
 TEXT = ["capitalize", "count", "endswith", "find", "index", "isalnum", "isalpha", "isdigit", "islower", "isnumeric", "isspace", "istitle"]
@@ -44,7 +44,7 @@ METHODS: dict[type, list[str]] = {
     Macro: ["name"],
 }
 METHODS[LoopContext] += ["revindex", "revindex0"]
-# Filters that cost what they are given, those that cost a step, and those that cost the number of items.
+# Filters and tests pay for what they are given, through and through; the cheap ones pay a step.
 FILTERS = ["capitalize", "dictsort", "escape", "e", "float", "int", "join", "list", "lower", "max", "min", "replace", "sort", "string"]
 FILTERS += ["title", "trim", "unique", "upper", "wordcount", "groupby", "map", "select", "reject", "selectattr", "rejectattr", "reverse"]
 CHEAP_FILTERS = ["abs", "count", "d", "default", "first", "items", "last", "length", "safe"]
@@ -65,11 +65,14 @@ CHEAP_TESTS = [
 ]
 CHEAP_TESTS += ["odd", "sameas", "sequence", "string", "true", "undefined"]
 
+VIEWS: tuple[Any, ...] = (type({}.items()), type({}.keys()), type({}.values()))
+
 _left: ContextVar[list[int]] = ContextVar("what is left of the budget")
 
 
 def render(source: str, messages: list[dict[str, Any]], given: dict[str, Any]) -> str:
-    """Raises whatever the template does. The budget allows to write the whole conversation anew for every message, twice."""
+    """Raises whatever the template does. The budget allows to write the whole conversation anew for every message,
+    twice, as long as that is below MAX_BUDGET."""
     if len(source) > MAX_TEMPLATE:
         raise jinja2.TemplateError(f"{len(source):,} characters, and a template has at most {MAX_TEMPLATE:,}")
     account = [MAX_BUDGET]
@@ -102,12 +105,10 @@ def weigh(value: Any) -> int:
             todo += [*value, *value.values()]
         elif isinstance(value, list | tuple):
             todo += value
-        elif isinstance(value, Namespace | jinja2.Undefined) or value is None or isinstance(value, str | int | float):
-            pass
-        elif isinstance(value, range):
-            spend(STEP)
-        elif not isinstance(value, Macro | LoopContext) and isinstance(value, Iterable) and hasattr(value, "__len__"):
-            todo += list(value)  # views of a dict
+        elif isinstance(value, VIEWS):
+            todo.extend(value)
+        elif not (value is None or isinstance(value, str | int | float | range | Namespace | jinja2.Undefined | LoopContext | Macro)):
+            raise jinja2.TemplateError(f"a {type(value).__name__} is no text")  # a function, say
     return total
 
 
@@ -135,6 +136,9 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             return not attr.startswith("_")
         return any(attr in names for kind, names in METHODS.items() if isinstance(obj, kind))
 
+    def wrap_str_format(self, value: Any) -> None:
+        """Jinja lets str.format pass before it asks whether it is safe; no chat template needs it, and its widths have no limit."""
+
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         spend(STEP)
         if operator == "%" and isinstance(left, str):
@@ -157,13 +161,13 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         spend(STEP)
         owner, name = getattr(obj, "__self__", None), getattr(obj, "__name__", "")
         if isinstance(owner, str):
+            if name == "join":
+                args = (list(args[0]),)
             weigh([owner, *args, *kwargs.values()])
             if name == "replace":
                 old, new = args[:2]
                 product(new, owner.count(old))
             elif name == "join":
-                args = (list(args[0]),)
-                weigh(args[0])
                 product(owner, len(args[0]))
             elif name in ("split", "rsplit", "splitlines"):
                 separator = args[0] if args else kwargs.get("sep")
@@ -327,4 +331,7 @@ def _compile(source: str) -> jinja2.Template:
     environment.tests = {name: _paid(tests[name], False) for name in TESTS} | {name: _paid(tests[name], True) for name in CHEAP_TESTS}
     environment.globals = {name: environment.globals[name] for name in ("range", "dict", "namespace")}
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
-    return environment.from_string(Meter().visit(environment.parse(source)))
+    tree = environment.parse(source)
+    if sum(1 for _ in tree.find_all(nodes.Expr)) > MAX_NODES:
+        raise jinja2.TemplateError(f"more than {MAX_NODES:,} names, constants and operations")
+    return environment.from_string(Meter().visit(tree))

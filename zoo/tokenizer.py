@@ -11,6 +11,7 @@ the characters between the broken bytes are kept, as sentencepiece does; `tokeni
 from __future__ import annotations
 
 import codecs
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -81,14 +82,15 @@ class Tokenizer:
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = list(self._prefix) if bos else []
         first = True
+        deadline = time.monotonic() + 0.5 + 5e-5 * len(text)  # for the file's patterns, which may be exponential; usual ones take 1e-6
         try:
             for token, stretch in self._before.cut(text, special):
                 stretch = self._normalize(stretch) if self._normalize and token is None else stretch
                 for inner, plain in self._after.cut(stretch, special) if token is None else [(token, stretch)]:
-                    ids += self._backend.encode(plain, first) if inner is None else [inner]
+                    ids += self._backend.encode(plain, first, deadline) if inner is None else [inner]
                     first = False
-        except TimeoutError:
-            raise ZooError(f"{self._file}: its Split pattern takes too long on this text; give it one that backtracks less") from None
+        except (TimeoutError, MemoryError):
+            raise ZooError(f"{self._file}: its Split pattern takes too much on this text; give it one that backtracks less") from None
         return ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:

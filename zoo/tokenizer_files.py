@@ -166,7 +166,7 @@ def _splits(pre_tokenizer: dict[str, Any] | None) -> tuple[list[str], bool]:
     """Patterns that cut the text one after the other; and whether a space goes before what reaches the last one."""
     parts = _flat(pre_tokenizer, "pretokenizers")
     kinds = [part["type"] for part in parts]
-    _require(kinds[-1:] == ["ByteLevel"] and set(kinds[:-1]) <= {"Digits", "Split"}, "pre_tokenizer", kinds)
+    _require(kinds[-1:] == ["ByteLevel"] and set(kinds[:-1]) <= {"Digits", "Split"} and len(kinds) <= 16, "pre_tokenizer", kinds)
     patterns: list[str] = []
     for part in parts[:-1]:
         if part["type"] == "Digits":

@@ -182,9 +182,11 @@ class SubGenCache(Cache):
         old = (held >= 0) & (held < (seen - self.recent)[:, None])
         start = int(self.tail[0])
         k, v = self.store.k[:, :, start:].float(), self.store.v[:, :, start:].float()
-        weight = old[:, None].expand(k.shape[:3]).float()
+        out = (seen - self.window if self.window else -torch.ones_like(seen))[:, None]  # no query will see this position or one before it
+        weight = (old & (held > out))[:, None].expand(k.shape[:3]).float()
         x = self.rotary[0].unrotate(k, held.clamp(min=0)) * weight[..., None]
         ck, cv, cx, cn, cpos = self.clusters()
+        cn = torch.where(cpos > out[:, None], cn, 0)
         points, counts = torch.cat((cx / cn.clamp(min=1)[..., None], x), 2), torch.cat((cn, weight), 2)
         label = k_center(points, counts > 0, self.most)
         newest = torch.cat((cpos.long(), held[:, None].expand(weight.shape)), 2)
