@@ -4,8 +4,8 @@
 
 Rounds are interleaved, each measurement a fresh process. cold: the files were dropped from the page cache before (posix_fadvise, which
 needs no privileges). warm: they were read once before; files that do not fit beside the model are partly read again, by either. The time
-of a load is that of `zoo.checkpoint.load_into` and of touching every page of every parameter; importing torch is not in it. Peak memory
-is VmHWM of the loading process less what it held before. The last line is JSON.
+of a load is that of `zoo.checkpoint.lay_out` and `load_into` and of touching every page of every parameter; importing torch is not in it.
+Peak memory is VmHWM of the loading process less what it held before. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,18 +24,14 @@ import json, sys, time
 from pathlib import Path
 import torch
 from zoo import checkpoint
-from zoo.models import FAMILIES
 
 def status(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
 
 folder = Path(sys.argv[1])
-raw = checkpoint.read_config(folder)
 torch.zeros(8) @ torch.zeros(8)
 before, start = status("VmRSS"), time.perf_counter()
-family = FAMILIES[raw["model_type"]]
-with torch.device("meta"):
-    model = family(family.Config.from_dict(raw))
+model = checkpoint.lay_out(folder)
 checkpoint.load_into(model, folder, None)
 loaded = time.perf_counter() - start
 for p in model.parameters():
@@ -78,6 +74,8 @@ def main() -> None:
     p.add_argument("folder", type=Path)
     p.add_argument("--rounds", type=int, default=4)
     args = p.parse_args()
+    if not files(args.folder):
+        p.error(f"{args.folder} holds no .safetensors file")
     size = sum(os.path.getsize(f) for f in files(args.folder))
     table: dict[str, dict[str, float]] = {}
     for cache in ("cold", "warm"):

@@ -221,8 +221,8 @@ def merges() -> Iterator[Files]:
 
 
 def chain(data: Any) -> None:
-    """Tokens that double: the last has 2**15 letters."""
-    grown = ["e" * 2**n for n in range(16)]
+    """Tokens that double: the last has 2**20 letters."""
+    grown = ["e" * 2**n for n in range(21)]
     data["model"]["vocab"] |= {token: 5000 + n for n, token in enumerate(grown[1:])}
     data["model"]["merges"] += [[token, token] for token in grown[:-1]]
 
@@ -512,6 +512,10 @@ def large() -> Iterator[Files]:
     yield put("bytes", CONFIG, json.dumps({"chat_template": "x" * 15_000_000}).encode())
     yield put("bytes", CONFIG, json.dumps({"bos_token": "x" * 15_000_000}).encode())
     yield put("bytes", JSON, b"[" + b"1," * 4_100_000 + b"1]")
+    yield put("bytes", CONFIG, b'{"a":[' + b"[[[[[[]]]]]]," * 1_100_000 + b"1]}")
+    yield put("bytes", CONFIG, b'{"a":[' + b"[]," * 300_000 + b"1]}")
+    yield put("bytes", JSON, b'{"a":[' + b"[[[]]]," * 380_000 + b"1]}")
+    yield put("bytes", JSON, b'{"a":[' + b"[[[]]]," * 6_000_000 + b"1]}")
     added = [{"id": 2000 + i, "content": f"<{'x' * (i % 200)}{i}>", "special": True} for i in range(20_000)]
     added = [token | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) for token in added]
     yield dumped("bytes", JSON, set_at(("added_tokens",), added))

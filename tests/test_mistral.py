@@ -362,3 +362,27 @@ def test_subgen_is_an_approximation_within_a_wider_window(tmp_path: Path) -> Non
     out = cached(lm, ids, 490)
     assert miss(out[:, 0], lm.logits(ids)[:, 489]) < TOLERANCE  # the prompt itself is attended exactly
     assert miss(out[:, 1:], lm.logits(ids)[:, 490:]) > CAUGHT
+
+
+@pytest.mark.parametrize("turns", [(700,), (300, 400)])
+def test_subgen_spends_no_cluster_on_what_left_the_window(tmp_path: Path, turns: tuple[int, ...]) -> None:
+    """With a window longer than the recent tokens: when a prompt or chat turn ends, what no query will see any more is in no cluster."""
+    folder = write_checkpoint(tmp_path, "mistral", **{**SMALL, "num_hidden_layers": 1}, sliding_window=200)
+    lm = zoo.load(str(folder), attn="subgen:budget=256", compile="off")
+    ids = some_ids(300, 1, 701)
+    other = (ids + 1 + some_ids(200, 1, 701, seed=1)) % 300
+
+    def run(old: int) -> tuple[Tensor, Tensor]:
+        """With others in place of the first `old` ids: logits after all, the last one decoded; and the positions of slots before that."""
+        cache, text = lm.new_cache(), torch.cat((other[:, :old], ids[:, old:]), 1)
+        for turn_ids in text[:, :700].split(turns, 1):
+            lm.prefill(turn_ids, cache)
+        slots = cache[0].slots()
+        held = slots.pos[0, :, 5:]  # behind padding and sinks
+        assert ((held >= 0) * slots.a[0, :, 5:].exp()).sum(-1).round().tolist() == [199, 199]  # tokens that the next query will see
+        return lm.decode_step(text[:, 700], cache), held[held >= 0]
+
+    logits, held = run(0)
+    assert held.min() >= 501
+    assert miss(run(501)[0], logits) < TOLERANCE
+    assert miss(run(520)[0], logits) > CAUGHT

@@ -47,6 +47,7 @@ from parity import (
 from torch import Tensor
 
 import zoo
+from zoo import models
 from zoo.errors import ZooError
 from zoo.lm import CHUNK
 from zoo.models import llama
@@ -347,3 +348,166 @@ def test_import_takes_little_longer_than_that_of_torch() -> None:
     """The quickest of five: what else the machine does can only add to it."""
     code = "import time, torch; start = time.perf_counter(); import zoo; print(time.perf_counter() - start)"
     assert any(float(python(code)) < 0.3 for _ in range(5))
+
+
+# The configs of well-known checkpoints, in the spelling that their repositories have
+
+COMMON = {
+    "initializer_range": 0.02,
+    "use_cache": True,
+    "torch_dtype": "float16",
+    "transformers_version": "4.31.0",
+    "tie_word_embeddings": False,
+}
+LLAMA_2 = {
+    **COMMON,
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "vocab_size": 32000,
+}
+LLAMA_3 = {
+    **LLAMA_2,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "mlp_bias": False,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128009],
+    "vocab_size": 128256,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 131072,
+    "num_key_value_heads": 8,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+}
+MISTRAL_1 = {
+    **COMMON,
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "vocab_size": 32000,
+}
+PYTHIA = {
+    **COMMON,
+    "architectures": ["GPTNeoXForCausalLM"],
+    "model_type": "gpt_neox",
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "hidden_act": "gelu",
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "layer_norm_eps": 1e-05,
+    "max_position_embeddings": 2048,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 24,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 0.25,
+    "use_parallel_residual": True,
+    "vocab_size": 50304,
+}
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {  # -> billions of parameters, as their makers count them
+    "llama-1 7b": (
+        {**LLAMA_2, "max_sequence_length": 2048, "pad_token_id": 0, "rms_norm_eps": 1e-06, "num_key_value_heads": None},
+        6_738_415_616,
+    ),
+    "llama-2-7b": (LLAMA_2, 6_738_415_616),
+    "llama-2 with sampling options": ({**LLAMA_2, "do_sample": True, "temperature": 0.9, "top_p": 0.6, "max_length": 4096}, 6_738_415_616),
+    "llama-3.1-8b": ({**LLAMA_3, "intermediate_size": 14336}, 8_030_261_248),
+    "llama-3.2-1b": (
+        {**LLAMA_3, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "head_dim": 64, "tie_word_embeddings": True},
+        1_235_814_400,
+    ),
+    "tinyllama-1.1b": (
+        {
+            **LLAMA_2,
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_hidden_layers": 22,
+            "num_key_value_heads": 4,
+            "attention_bias": False,
+        },
+        1_100_048_384,
+    ),
+    "mistral-7b-v0.1": (MISTRAL_1, 7_241_732_096),
+    "mistral-7b-v0.3": ({**MISTRAL_1, "vocab_size": 32768, "rope_theta": 1000000.0, "sliding_window": None}, 7_248_023_552),
+    "mistral-nemo": (
+        {
+            **MISTRAL_1,
+            "hidden_size": 5120,
+            "head_dim": 128,
+            "num_hidden_layers": 40,
+            "vocab_size": 131072,
+            "sliding_window": None,
+            "rope_theta": 1000000.0,
+            "max_position_embeddings": 131072,
+        },
+        12_247_782_400,
+    ),
+    "pythia-1.4b": (PYTHIA, 1_414_647_808),
+    "gpt-neox-20b": (
+        {
+            **PYTHIA,
+            "hidden_act": "gelu_fast",
+            "hidden_size": 6144,
+            "intermediate_size": 24576,
+            "num_attention_heads": 64,
+            "num_hidden_layers": 44,
+            "vocab_size": 50432,
+            "attention_probs_dropout_prob": 0,
+            "hidden_dropout_prob": 0,
+        },
+        20_554_567_680,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configs_of_well_known_checkpoints(name: str) -> None:
+    """They are read, and the model they describe has the number of parameters that it is known for."""
+    raw, parameters = PUBLISHED[name]
+    family = models.FAMILIES[raw["model_type"]]
+    with torch.device("meta"):
+        model = family(family.Config.from_dict(raw))
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_theta"),
+        ({"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, "disagree"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+    ],
+)
+def test_contradictory_rotary_options_are_refused(changes: dict[str, Any], named: str) -> None:
+    right = {**LLAMA, **SMALL, "vocab_size": 400}
+    llama.LlamaConfig.from_dict({**right, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}})
+    with pytest.raises(ZooError, match=named):
+        llama.LlamaConfig.from_dict({**right, **changes})

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import zoo
-from zoo import attention, bench, chat, checkpoint, cli, generate, models
+from zoo import attention, bench, chat, cli, generate, inspection, models
 from zoo.attention.cache import Bytes
 from zoo.errors import ZooError
 
@@ -53,7 +53,7 @@ def test_readme_command(
         extra += ["--prompt-tokens", "4", "--new-tokens", "3", "--repeats", "2", "--compile", "off", "--dtype", "float32"]
     elif "--list" not in argv:
         extra += ["--max-new-tokens", "5"]
-    main = {"zoo.generate": generate.main, "zoo.chat": chat.main, "zoo.bench": bench.main, "zoo.checkpoint": checkpoint.main}[module]
+    main = {"zoo.generate": generate.main, "zoo.chat": chat.main, "zoo.bench": bench.main, "zoo.checkpoint": inspection.main}[module]
     assert cli.run(main, extra + argv) == 0
     out, err = capsys.readouterr()
     assert out.strip()

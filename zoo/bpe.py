@@ -67,6 +67,8 @@ def cut(pattern: regex.Pattern[str], text: str, deadline: float) -> Iterator[str
 
 # --- byte-level BPE -----------------------------------------------------------------------------------------------------------------------
 
+MAX_LETTERS = 2048  # of a token that merging makes: working out how it comes about takes n log n steps
+
 
 class BytePairs:
     """Byte-level BPE: `splits` cut the text into pieces, one after the other, and tiktoken merges the bytes of each piece.
@@ -76,6 +78,8 @@ class BytePairs:
     """
 
     strips = False
+
+    kind = "byte-level BPE"
 
     def __init__(self, splits: list[str], prefix_space: bool, tokens: dict[bytes, int], pieces: dict[int, bytes], whole: bool) -> None:
         self._splits, self._prefix_space, self.pieces = [compile_pattern(split) for split in splits], prefix_space, pieces
@@ -115,6 +119,8 @@ def by_priority(pairs: list[Pair], vocab: dict[str, int]) -> list[str]:
     the merge that completes it stands in the list, and when tokens that are never completed have no rank. A token's letters always
     merge in the same way, whatever stands around them; so it is enough to merge each token's letters once.
     """
+    if any(len(left) + len(right) > MAX_LETTERS for left, right in pairs):
+        raise ZooError(f"a merge that makes a token of more than {MAX_LETTERS} letters; no known tokenizer has one")
     rank = {pair: number for number, pair in enumerate(pairs)}
     letters = _LETTER_SET & vocab.keys()
     completed: dict[int, str] = {}
@@ -172,6 +178,8 @@ class CharPairs:
     prepare: (text, first) -> text with its spaces written as U+2581. split: no merge goes across the left side of U+2581. A character
     that is no token becomes its bytes if those have tokens; else unk, one for a whole run with fuse_unk; without unk it is nothing.
     """
+
+    kind = "BPE of characters"
 
     def __init__(
         self,
@@ -231,6 +239,8 @@ _BYTE = regex.compile("<0x([0-9A-F]{2})>")
 
 class SentencePieces:
     """A sentencepiece model. It puts a space before the text; with `every`, before every stretch between special tokens ("legacy")."""
+
+    kind = "a sentencepiece model"
 
     def __init__(self, proto: bytes, every: bool) -> None:
         self.model, self._every = sentencepiece.SentencePieceProcessor(model_proto=proto), every

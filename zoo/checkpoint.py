@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import json
 import math
 import mmap
 import os
@@ -32,7 +30,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.cli import Parser, run
 from zoo.errors import ZooError
 from zoo.models import FAMILIES
 from zoo.safetensors_header import Stored, one_line, open_file, read_header, read_json, reading
@@ -126,8 +123,8 @@ def load_into(model: nn.Module, folder: Path, dtype: torch.dtype | None, device:
     """
     if dtype and not dtype.is_floating_point:
         raise ZooError(f"dtype {dtype} cannot hold weights; use float32, float16 or bfloat16")
-    shapes, names = _shapes(model), _names(model)
-    held = _account(folder, names, shapes, getattr(model, "ignored_tensors", ()))
+    shapes, names = parameter_shapes(model), parameter_names(model)
+    held = account(folder, names, shapes, getattr(model, "ignored_tensors", ()))
     dtype = dtype or _agreed(folder, {DTYPES[stored.dtype] for _, stored in held.values()})
     copies = {name: [n for n in names if names[n] == name and n in held] for name in shapes}
     for one, *others in copies.values():
@@ -157,17 +154,17 @@ def load_into(model: nn.Module, folder: Path, dtype: torch.dtype | None, device:
         model.to(device)
 
 
-def _shapes(model: nn.Module) -> Shapes:
+def parameter_shapes(model: nn.Module) -> Shapes:
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def _names(model: nn.Module) -> dict[str, str]:
+def parameter_names(model: nn.Module) -> dict[str, str]:
     """Every name of a parameter -> the first for it."""
     first = {p: name for name, p in model.named_parameters()}
     return {name: first[p] for name, p in model.named_parameters(remove_duplicate=False)}
 
 
-def _account(folder: Path, names: dict[str, str], shapes: Shapes, ignored: Iterable[str]) -> dict[str, tuple[Path, Stored]]:
+def account(folder: Path, names: dict[str, str], shapes: Shapes, ignored: Iterable[str]) -> dict[str, tuple[Path, Stored]]:
     """Where each parameter is stored. Raises ZooError with everything that does not fit."""
     held: dict[str, tuple[Path, Stored]] = {}
     unexpected, misfit, alien = [], [], []
@@ -175,7 +172,7 @@ def _account(folder: Path, names: dict[str, str], shapes: Shapes, ignored: Itera
         inside = read_header(folder / file)
         for name in sorted(inside.keys() | (placed or set())):
             if name not in names:
-                unexpected += [name] * (not _matches(name, ignored))
+                unexpected += [name] * (not matches(name, ignored))
             elif name in inside and placed is not None and name not in placed:
                 unexpected.append(f"{name} (in {file}, where the index does not place it)")
             elif name in inside:
@@ -192,7 +189,7 @@ def _account(folder: Path, names: dict[str, str], shapes: Shapes, ignored: Itera
     return held
 
 
-def _matches(name: str, patterns: Iterable[str]) -> bool:
+def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
@@ -250,11 +247,11 @@ def _fill(wanted: Iterable[tuple[Path, Stored, Tensor]]) -> None:
         flat, step = tensor.view(-1), PIECE // DTYPES[stored.dtype].itemsize
         jobs += [(path, stored, i, flat[i : i + step]) for i in range(0, len(flat), step)]
     with ThreadPoolExecutor(THREADS) as pool:
-        for _ in pool.map(lambda job: _read(*job), jobs):  # leaving the loop by an error or Ctrl-C drops the jobs that wait
+        for _ in pool.map(lambda job: read_numbers(*job), jobs):  # leaving the loop by an error or Ctrl-C drops the jobs that wait
             pass
 
 
-def _read(path: Path, stored: Stored, start: int, out: Tensor) -> None:
+def read_numbers(path: Path, stored: Stored, start: int, out: Tensor) -> None:
     """Numbers `start` and following of a stored tensor, as many as `out` (n,) holds, converted to its dtype."""
     kind = DTYPES[stored.dtype]
     buffer = out if out.dtype == kind else torch.empty(min(len(out), CONVERTED // kind.itemsize), dtype=kind)
@@ -277,148 +274,15 @@ def _equal(path: Path, stored: Stored, other_path: Path, other: Stored) -> bool:
     a, b = torch.empty(step), torch.empty(step)
     for start in range(0, count := math.prod(stored.shape), step):
         n = min(step, count - start)
-        _read(path, stored, start, a[:n])
-        _read(other_path, other, start, b[:n])
+        read_numbers(path, stored, start, a[:n])
+        read_numbers(other_path, other, start, b[:n])
         if not torch.equal(a[:n], b[:n]):
             return False
     return True
 
 
-# What a checkpoint is, and whether it is whole: the command line
-
-
-def inspect(folder: Path) -> dict[str, Any]:
-    """What the headers and the small files say; no weight is read. Raises ZooError where they cannot be read; a checkpoint that is
-    whole but that this code cannot run has its first reason in `refused`."""
-    from zoo.tokenizer import Tokenizer
-
-    raw, files = read_config(folder), {file: read_header(folder / file) for file in weight_files(folder)}
-    tensors = {name: t for inside in files.values() for name, t in inside.items()}
-    about: dict[str, Any] = {"folder": str(folder), "family": raw.get("model_type"), "config": raw, "parameters": None, "refused": None}
-    about["bytes"] = sum(t.end - t.begin for t in tensors.values())
-    about["files"] = {file: os.path.getsize(folder / file) for file in files}
-    about["dtypes"] = sorted({t.dtype for t in tensors.values()})
-    about |= {"tensors": len(tensors), "ignored": [], "tokenizer": None, "vocabulary": None}
-    try:
-        model = lay_out(folder)
-        about["ignored"] = sorted(name for name in tensors if _matches(name, model.ignored_tensors))
-        about["parameters"] = sum(p.numel() for p in model.parameters())
-        _account(folder, _names(model), _shapes(model), model.ignored_tensors)
-        end_ids(folder)
-        tokenizer = Tokenizer.load(folder)
-        about |= {"tokenizer": type(tokenizer._backend).__name__, "vocabulary": tokenizer.vocab_size}
-    except ZooError as e:
-        about["refused"] = str(e)
-    return about
-
-
-def verify(folder: Path) -> list[tuple[str, str, bool]]:
-    """(file, what was found, whether it is as it should be): sizes, names, checksums where the hub's cache knows them, weights that are
-    no finite number. Reads all weights."""
-    from zoo import hub
-    from zoo.tokenizer import Tokenizer
-
-    sums = {file: sha256 for file, (_, sha256) in hub.checksums(folder).items() if sha256}
-    found, data = [], 0
-    try:
-        table = weight_files(folder)
-    except ZooError as e:
-        return [(INDEX, str(e), False)]
-    for file, placed in table.items():
-        try:
-            tensors = read_header(folder / file)
-            data += sum(t.end - t.begin for t in tensors.values())
-            words = [f"{os.path.getsize(folder / file):,} bytes, {len(tensors)} tensors"]
-            wrong = [f"{len(names)} {what} ({', '.join(sorted(names)[:3])})" for what, names in _strays(tensors, placed).items() if names]
-            bad = {name: n for name, t in tensors.items() if t.dtype in DTYPES and (n := _not_finite(folder / file, t))}
-            wrong += [f"{sum(bad.values()):,} weights are NaN or infinite ({', '.join(list(bad)[:3])})"] * bool(bad)
-            if file in sums:
-                with reading(folder / file), open(folder / file, "rb") as f:
-                    same = hashlib.file_digest(f, "sha256").hexdigest() == sums[file]
-                words += ["the hub's sha256"] * same
-                wrong += ["its sha256 is not the hub's; download it again"] * (not same)
-            found.append((file, one_line(", ".join(words + wrong)), not wrong))
-        except ZooError as e:
-            found.append((file, str(e), False))
-    if os.path.lexists(folder / INDEX):
-        about = read_json(folder / INDEX).get("metadata")
-        total = about.get("total_size") if isinstance(about, dict) else None
-        good = total is None or total == data
-        found.insert(0, (INDEX, one_line(f"{len(table)} shards, total_size {total!r}" + f", but they hold {data}" * (not good)), good))
-    checks: list[tuple[str, Any]] = [("config.json", lambda: _check(folder)), ("tokenizer", lambda: Tokenizer.load(folder))]
-    for what, check in checks:
-        try:
-            check()
-            found.append((what, "fit this code", True))
-        except ZooError as e:
-            found.append((what, str(e), False))
-    return found
-
-
-def _check(folder: Path) -> None:
-    """All that loading checks before it reads weights."""
-    model = lay_out(folder)
-    _account(folder, _names(model), _shapes(model), model.ignored_tensors)
-    end_ids(folder)
-
-
-def _strays(tensors: Mapping[str, Stored], placed: set[str] | None) -> dict[str, set[str]]:
-    if placed is None:
-        return {}
-    return {"tensors that the index does not place here": tensors.keys() - placed, "tensors missing": placed - tensors.keys()}
-
-
-def _not_finite(path: Path, stored: Stored) -> int:
-    step = CONVERTED // DTYPES[stored.dtype].itemsize
-    buffer, bad = torch.empty(step, dtype=DTYPES[stored.dtype]), 0
-    for start in range(0, count := math.prod(stored.shape), step):
-        _read(path, stored, start, part := buffer[: min(step, count - start)])
-        if not part.abs().amax().isfinite():  # much quicker than counting, and hardly ever true
-            bad += len(part) - int(part.isfinite().sum())
-    return bad
-
-
-def main(argv: list[str] | None = None) -> None:
-    from zoo import hub  # which imports this file
-
-    p = Parser(prog="python -m zoo.checkpoint", description="What a checkpoint is, and whether it is whole.")
-    p.add_argument("command", choices=["inspect", "verify"], help="inspect reads headers only; verify reads all weights")
-    p.add_argument("name", help="a known name, a hub id, or a folder; fetched first where it is not on this machine")
-    p.add_argument("--json", action="store_true", help="print the findings as one JSON object, the last line of standard output")
-    args = p.parse_args(argv)
-    folder = hub.find(args.name)
-    if args.command == "inspect":
-        about = inspect(folder)
-        print(show(about))
-        if args.json:
-            print(json.dumps(about))
-        return
-    found = verify(folder)
-    for file, text, good in found:
-        print(f"{'ok   ' if good else 'WRONG'} {file}: {text}")
-    if args.json:
-        print(json.dumps([{"file": file, "found": text, "ok": good} for file, text, good in found]))
-    if wrong := [file for file, _, good in found if not good]:
-        raise ZooError(f"{folder}: {len(wrong)} of {len(found)} checks failed: {', '.join(wrong)}")
-
-
-def show(about: dict[str, Any]) -> str:
-    """The findings of `inspect` for people."""
-    numbers = {key: value for key, value in about["config"].items() if type(value) in (int, float, dict)}
-    count, ignored = about["parameters"], about["ignored"]
-    lines = {
-        "folder": about["folder"],
-        "family": about["family"],
-        "config": ", ".join(f"{key} {value}" for key, value in numbers.items()),
-        "parameters": f"{count:,}" if count else "unknown",
-        "weights": f"{about['bytes']:,} bytes, {about['tensors']} tensors, {', '.join(about['dtypes'])}",
-        "files": ", ".join(f"{file} ({size:,})" for file, size in about["files"].items()),
-        "tokenizer": f"{about['tokenizer']}, {about['vocabulary']:,} tokens" if about["tokenizer"] else "not read",
-        "ignored": f"{len(ignored)} tensors: {', '.join(ignored[:5])}" if ignored else "nothing",
-        "runs": f"no: {about['refused']}" if about["refused"] else "yes",
-    }
-    return "\n".join(f"{key:<11}{one_line(value)}" for key, value in lines.items())
-
-
 if __name__ == "__main__":
+    from zoo.cli import run
+    from zoo.inspection import main
+
     raise SystemExit(run(main))

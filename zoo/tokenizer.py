@@ -28,7 +28,7 @@ class Tokenizer:
     """Turns text into token ids and back, as the checkpoint's own tokenizer does. Made by `Tokenizer.load`.
 
     special: ids of the special tokens by name. vocab_size: largest id + 1. bos_id, eos_id: None where the checkpoint names none.
-    chat_template: Jinja source or None; it may be set.
+    chat_template: Jinja source or None; it may be set. kind: the file that was read and what it holds, for people.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -58,6 +58,7 @@ class Tokenizer:
         self._prefix = (parts.prefix or []) if add_bos is None else [self.bos_id] if add_bos and self.bos_id is not None else []
         self._file, self._loaded_template = parts.file, self.chat_template
         self._backend, self._normalize = backend, parts.normalize
+        self.kind = f"{parts.file.name}, {backend.kind}"
         self._before = Finder([token for token in added if not token.normalized], set(self.special))
         self._after = Finder([token for token in added if token.normalized], set(self.special))
         self._pieces = backend.pieces | {token.id: token.piece for token in added}

@@ -41,6 +41,7 @@ TEKKEN_SPECIAL += ["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"]
 MB = 1 << 20
 MAX_VOCABULARY, MAX_CONFIG = 64 * MB, 16 * MB  # bytes of a file; the largest known are 33 MB and below 1 MB
 MAX_VALUES = 4_000_000  # in a JSON file: three bytes of it may take a hundred in memory
+MAX_CONTAINERS = 20_000  # lists and objects in a file of settings
 MAX_ID = 1 << 24
 MAX_ADDED = 256  # characters of an added token
 
@@ -316,8 +317,11 @@ def _read(path: Path, limit: int, why: str = "no known tokenizer is that large")
 def _read_json(path: Path, limit: int, once: bool = False) -> dict[str, Any]:
     """once: a key that comes twice in an object is an error."""
     text = _read(path, limit).decode()
-    if text.count(",") > MAX_VALUES:
-        raise ZooError(f"more than {MAX_VALUES:,} values: no known tokenizer has as many")
+    containers = text.count("[") + text.count("{")
+    # An empty list takes twenty times its text in memory; a merge, the shortest list that occurs in numbers, has ten characters.
+    most = MAX_CONTAINERS if limit == MAX_CONFIG else MAX_CONTAINERS + len(text) // 8
+    if text.count(",") + containers > MAX_VALUES or containers > most:
+        raise ZooError(f"more than {MAX_VALUES:,} values or {most:,} lists and objects: no known tokenizer has as many")
     data = json.loads(text, object_pairs_hook=_once if once else None, parse_constant=_no_constant)
     if not isinstance(data, dict):
         raise TypeError("not a JSON object")

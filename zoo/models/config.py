@@ -36,6 +36,18 @@ BOOKKEEPING = frozenset(
         "id2label",
         "label2id",
         "chunk_size_feed_forward",
+        "torchscript",
+        "use_bfloat16",
+        "custom_pipelines",
+        # How to sample, which older checkpoints say here and not in generation_config.json.
+        "max_length",
+        "min_length",
+        "do_sample",
+        "temperature",
+        "top_k",
+        "top_p",
+        "num_beams",
+        "repetition_penalty",
         "max_sequence_length",  # Llama 1's second name for max_position_embeddings
         "is_decoder",
         "tokenizer_class",
@@ -58,7 +70,7 @@ class Keys:
         value = self.raw.get(name)
         if value is None:
             if default is ...:
-                raise ZooError(f"config.json lacks '{name}'")
+                raise ZooError(f"config.json lacks '{name}'; download it again")
             return default
         good = isinstance(value, kind) and not (kind is int and isinstance(value, bool))
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -79,7 +91,8 @@ class Keys:
         unknown = sorted(given - self.used - ignored - BOOKKEEPING)
         if unknown:
             raise ZooError(
-                f"config.json has keys this code does not know: {', '.join(unknown)}; the model may need something that is not implemented"
+                f"config.json has keys this code does not know: {', '.join(unknown)}; the model may need something that is not "
+                "implemented: if you know that it does not, remove them"
             )
 
 
@@ -105,11 +118,17 @@ def rope(keys: Keys, head_dim: int, longest: int, theta: float = 10000.0, share:
     if new is not None and old is not None:
         raise ZooError("config.json has both rope_scaling and rope_parameters; keep the one that the model was trained with")
     inner = Keys(new or old or {})
+    if share is None:
+        inner.must("partial_rotary_factor", 1.0)
     partial = 1.0 if share is None else inner.get("partial_rotary_factor", float, share)
-    theta = inner.get("rope_theta", float, theta)
+    outer, theta = theta, inner.get("rope_theta", float, theta)
+    if keys.raw.get("rope_theta") is not None and theta != outer:
+        raise ZooError(f"config.json says rope_theta {outer:g} and, among the rotary options, {theta:g}; keep the one it was trained with")
+    kind = inner.get("rope_type", str, inner.get("type", str, "default"))
+    if inner.get("type", str, kind) != kind:
+        raise ZooError(f"config.json: rotary type {inner.raw['type']!r} and rope_type {kind!r} disagree; keep the one it was trained with")
     if theta <= 1 or partial > 1:
         raise ZooError(f"config.json: rotary theta {theta:g} must be above 1, and the rotary share {partial:g} at most 1")
-    kind = inner.get("rope_type", str, inner.get("type", str, "default"))
     stretched = scaling(kind, inner, longest)
     if isinstance(stretched, DynamicScaling) and int(head_dim * partial) <= 2:
         raise ZooError("config.json: rotary scaling dynamic needs more than 2 turning dimensions a head")

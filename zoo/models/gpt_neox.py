@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from zoo.attention.cache import Caches
 from zoo.errors import ZooError
 from zoo.models.config import Keys, heads, rope
-from zoo.models.layers import CausalLM, Linear, Rope, Rotary, turn
+from zoo.models.layers import CausalLM, Embedding, Linear, Rope, Rotary, turn
 
 tanh_gelu = partial(F.gelu, approximate="tanh")
 
@@ -162,7 +162,7 @@ class Trunk(nn.Module):
 
     def __init__(self, c: GPTNeoXConfig) -> None:
         super().__init__()
-        self.embed_in = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.embed_in = Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
         self.final_layer_norm = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
 

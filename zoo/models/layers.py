@@ -38,6 +38,9 @@ class Linear(nn.Linear):
     loop with float32 sums; on CPUs it reads bfloat16 weights at about twice the speed of the library's one-row GEMM (docs/log.md).
     """
 
+    def reset_parameters(self) -> None:
+        """Parameters come from a checkpoint; on `meta`, PyTorch's initialisation imports its compiler, which takes a second."""
+
     def forward(self, x: Tensor) -> Tensor:
         one_row = x.numel() == x.shape[-1]
         if not (torch.compiler.is_compiling() and one_row and x.device.type == "cpu"):
@@ -48,6 +51,13 @@ class Linear(nn.Linear):
         y = (self.weight.to(wide) * row).sum(-1)
         y = y if self.bias is None else y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+class Embedding(nn.Embedding):
+    """`nn.Embedding` that leaves its weight uninitialised, as `Linear` does."""
+
+    def reset_parameters(self) -> None:
+        pass
 
 
 class Scaling:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from zoo.attention.cache import Caches
 from zoo.models.config import Keys, heads, rope
-from zoo.models.layers import CausalLM, Linear, RMSNorm, Rope, Rotary, turn
+from zoo.models.layers import CausalLM, Embedding, Linear, RMSNorm, Rope, Rotary, turn
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Trunk(nn.Module):
 
     def __init__(self, c: LlamaConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.embed_tokens = Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
