@@ -124,6 +124,8 @@ def main(argv: list[str] | None = None) -> None:
     except BaseException:  # also Ctrl-C: nothing is left behind
         shutil.rmtree(work, ignore_errors=True)
         raise
+    if args.tokenizer is None:
+        print("its tokenizer has a token for each byte only: most of what random weights say has no letters", file=sys.stderr)
     print(f"{args.out}: {total:,} bytes of weights in {files} file{'s' * (files > 1)}, {time.perf_counter() - start:.1f} s")
 
 

@@ -72,10 +72,12 @@ def load(folder: Path) -> dict[str, float]:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("folder", type=Path)
-    p.add_argument("--rounds", type=int, default=4)
+    p.add_argument("--rounds", type=int, default=4, help="measurements of each kind, 4 unless given")
     args = p.parse_args()
+    if args.rounds < 1:
+        p.error(f"--rounds {args.rounds} must be at least 1")
     if not files(args.folder):
-        p.error(f"{args.folder} holds no .safetensors file")
+        p.error(f"{args.folder} is no folder with .safetensors files")
     size = sum(os.path.getsize(f) for f in files(args.folder))
     table: dict[str, dict[str, float]] = {}
     for cache in ("cold", "warm"):

@@ -837,7 +837,13 @@ def test_prompt_longer_than_the_context(generate: Call, lm: zoo.LM) -> None:
 
 
 def test_chat_option_without_a_template(generate: Call, tmp_path: Path) -> None:
-    one_line(generate("--model", write_llama(tmp_path, chat=False), "--chat", PROMPT), "has no chat template")
+    bare = write_llama(tmp_path, chat=False)
+    one_line(generate("--model", bare, "--chat", PROMPT), "has no chat template; pass one with --template FILE")
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages[0]['content'] }}!")
+    one_line(generate("--model", bare, "--template", template, PROMPT), "--template is for --chat")
+    told = generate("--model", bare, "--chat", "--template", template, PROMPT, "--max-new-tokens", "5")
+    assert (told.code, told.out) == (0, generate("--model", bare, PROMPT + "!", "--max-new-tokens", "5").out)
 
 
 def test_chat_input_that_is_no_text(chat: Call) -> None:

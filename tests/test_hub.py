@@ -201,7 +201,8 @@ def test_names_that_lead_nowhere(lonely: Path, name: str) -> None:
         hub.find(name)
     assert str(e.value).isprintable()
     if name in ("", "nonsense"):
-        assert all(known in str(e.value) for known in hub.KNOWN)
+        assert embedded.NAME in str(e.value)
+        assert "--list" in str(e.value)
     assert hub.available(name) is None
 
 
@@ -494,9 +495,10 @@ def test_a_connection_that_breaks_is_taken_up(server: Server, ignored: bool) -> 
 
 
 INTERRUPTED = """
-import sys
+import signal, sys
 from huggingface_hub import constants
 from zoo import cli, hub
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits that it is ignored
 constants.DOWNLOAD_CHUNK_SIZE = 1000
 sys.exit(cli.run(lambda argv: print(hub.find("some/one"))))
 """

@@ -356,8 +356,8 @@ def test_subgen_is_exact_while_its_recent_tokens_cover_the_window(windowed: Wind
 
 
 def test_subgen_is_an_approximation_within_a_wider_window(tmp_path: Path) -> None:
-    """There a cluster whose newest token is in the window brings its older ones along."""
-    lm = zoo.load(str(write_checkpoint(tmp_path, "mistral", **SMALL, sliding_window=100)), "subgen:budget=256", compile="off")
+    """There more tokens are in the window, but not recent, than there are clusters."""
+    lm = zoo.load(str(write_checkpoint(tmp_path, "mistral", **SMALL, sliding_window=300)), "subgen:budget=256", compile="off")
     ids = some_ids(lm.config.vocab_size, 1, 500)
     out = cached(lm, ids, 490)
     assert miss(out[:, 0], lm.logits(ids)[:, 489]) < TOLERANCE  # the prompt itself is attended exactly

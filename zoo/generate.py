@@ -49,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--file", action="append", default=[], help="read a prompt from this file; may be given several times")
     p.add_argument("--max-new-tokens", type=int, default=100)
     p.add_argument("--chat", action="store_true", help="put each prompt through the checkpoint's chat template, as one user message")
+    p.add_argument("--template", metavar="FILE", help="a jinja file to use as chat template, with --chat")
     p.add_argument("--list", action="store_true", help="show models and attention methods, and stop")
     args = p.parse_args(argv)
     if args.list:
@@ -62,7 +63,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.max_new_tokens < 1:
         raise ZooError(f"--max-new-tokens {args.max_new_tokens} must be at least 1")
     options = cli.sampling(args)
+    if args.template and not args.chat:
+        raise ZooError("--template is for --chat: add that, or leave the template out")
+    template = read(args.template) if args.template else None
     lm = cli.load(args)
+    lm.tokenizer.chat_template = template or lm.tokenizer.chat_template
+    if args.chat and lm.tokenizer.chat_template is None:
+        raise ZooError(f"{args.model} has no chat template; pass one with --template FILE (jinja)")
     ids = [lm.tokenizer.chat([{"role": "user", "content": text}]) if args.chat else lm.tokenizer.encode(text) for text in prompts]
     answers = ["" for _ in prompts]
     for i, piece in lm.stream_batch(ids, args.max_new_tokens, progress=cli.Progress(), **options):

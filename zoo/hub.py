@@ -5,6 +5,7 @@ Looked for in this order: a folder that was named; weights/<name>/; the Hugging 
 
 from __future__ import annotations
 
+import difflib
 import errno
 import hashlib
 import os
@@ -96,7 +97,10 @@ def find(name: str, revision: str | None = None) -> Path:
     if not revision and (local := _weights(name)):
         return _folder(local)
     if hub_id is None:
-        raise ZooError(f"unknown model {name!r}: name a folder, a hub id like owner/repo, or one of {', '.join(KNOWN)}")
+        near = difflib.get_close_matches(name, KNOWN, n=3, cutoff=0.5) or list(KNOWN)[:3]
+        raise ZooError(
+            f"unknown model {name!r}: name a folder, a hub id like owner/repo, or a known one such as {', '.join(near)} (--list)"
+        )
     if cached := _in_cache(hub_id, revision, known):
         return cached
     if name == embedded.NAME and not revision and embedded.where():
