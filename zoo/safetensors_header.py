@@ -29,7 +29,7 @@ BITS = dict.fromkeys(["BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E
 BITS |= dict.fromkeys(["I16", "U16", "F16", "BF16"], 16) | dict.fromkeys(["I32", "U32", "F32"], 32)
 BITS |= dict.fromkeys(["I64", "U64", "F64", "C64"], 64) | {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 JSON_LIMIT = 16 << 20  # bytes; the largest index on the hub is under 10 MB
-JSON_FREE, JSON_SHARE = 256 << 10, 64  # a text may hold 256 KiB, and a byte more for every 64 of weights
+JSON_FREE, JSON_SHARE = 128 << 10, 64  # a text may hold 128 KiB, and a byte more for every 64 of weights
 
 
 @dataclass(frozen=True, slots=True)
