@@ -613,7 +613,8 @@ def test_hostile_files(tmp_path: Path) -> None:
             env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
         )
         rows = [json.loads(line) for line in process.stdout.splitlines()]
-        pairs = list(zip(rows[::2], rows[1::2], strict=False))
+        answered = rows[: len(rows) // 2 * 2]  # what is over is an input without an answer: the worker died of it
+        pairs = list(zip(answered[::2], answered[1::2], strict=True))
         seen += [about | result for about, result in pairs]
         if process.returncode == 0:
             break

@@ -115,10 +115,9 @@ def weight_files(folder: Path) -> Mapping[str, set[str] | None]:
 def load_into(model: nn.Module, folder: Path, dtype: torch.dtype | None, device: str | torch.device = "cpu") -> None:
     """Replace the parameters of `model`, laid out on `meta`, by the checkpoint's; buffers are the modules' own business.
 
-    dtype None = the file's; where its tensors disagree, the one config.json names, else the widest among them. On the CPU all
-    parameters lie in one buffer. One Parameter under two names (a tied output head) stays one: the checkpoint may hold it under
-    either name, or under both with equal values. Raises ZooError, with `model` as it was, for a file that cannot be read, and for
-    tensors that are missing, unexpected (unless a regular expression in `model.ignored_tensors` matches the name), of another
+    dtype None = the file's; where its tensors disagree, the one config.json names, else the widest among them. One Parameter under
+    two names (a tied output head) stays one: the checkpoint may hold it under either name, or under both with equal values.
+    Raises ZooError, with `model` as it was, for a file that cannot be read, and for tensors that are missing, unexpected (unless a regular expression in `model.ignored_tensors` matches the name), of another
     shape, or neither F32, F16 nor BF16: all of them in one message.
     """
     if dtype and not dtype.is_floating_point:

@@ -21,7 +21,7 @@ import regex
 from zoo import templates
 from zoo.bpe import BytePairs
 from zoo.errors import ZooError
-from zoo.tokenizer_files import MAX_ADDED, Added, Parts, one_line, plain, read, short
+from zoo.tokenizer_files import MAX_ADDED, Added, Parts, plain, read, short, told
 
 
 class Tokenizer:
@@ -74,7 +74,7 @@ class Tokenizer:
         except ZooError as error:
             raise ZooError(f"{parts.file}: {error}") from None
         except Exception as error:  # the file is anybody's: anything may come out of it
-            raise ZooError(f"{parts.file}: cannot be read ({one_line(error)}); download it again") from error
+            raise ZooError(f"{parts.file}: cannot be read ({told(error)}); download it again") from error
 
     def encode(self, text: str, bos: bool = True, special: bool = False) -> list[int]:
         """bos: begin with BOS where the checkpoint's tokenizer does so by default. special: turn the names of special tokens inside the
@@ -115,7 +115,7 @@ class Tokenizer:
             return templates.render(self.chat_template, messages, given | self._roles)
         except Exception as error:  # a template is a program: anything may come out of it
             where = f"{self._file.parent}: " if self.chat_template is self._loaded_template else ""
-            raise ZooError(f"{where}the chat template failed ({one_line(error)}); check the messages, or set another template") from error
+            raise ZooError(f"{where}the chat template failed ({told(error)}); check the messages, or set another template") from error
 
     def chat(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
         """The ids of the rendered conversation; the template writes BOS itself."""

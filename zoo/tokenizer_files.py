@@ -16,7 +16,6 @@ What is not understood is an error that names it. The files are anybody's: their
 from __future__ import annotations
 
 import base64
-import json
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ import regex
 
 from zoo.bpe import GPT2_SPLIT, LETTERS, BytePairs, CharPairs, Pair, SentencePieces, by_priority, char_token_bytes, token_bytes
 from zoo.errors import ZooError
+from zoo.safetensors_header import one_line, parse
 from zoo.templates import MAX_TEMPLATE
 
 LLAMA3_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -44,6 +44,7 @@ MAX_VALUES = 4_000_000  # in a JSON file: three bytes of it may take a hundred i
 MAX_CONTAINERS = 20_000  # lists and objects in a file of settings
 MAX_ID = 1 << 24
 MAX_ADDED = 256  # characters of an added token
+TIKTOKEN_LINE = regex.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 
 Settings = dict[str, Any]  # what tokenizer_config.json and special_tokens_map.json say
 Normalize = Callable[[str], str]
@@ -95,7 +96,7 @@ def read(folder: Path) -> Parts:
     except ZooError as error:
         raise ZooError(f"{path}: {error}") from None
     except Exception as error:  # the file is anybody's: anything may come out of it
-        raise ZooError(f"{path}: cannot be read ({one_line(error)}); download it again") from error
+        raise ZooError(f"{path}: cannot be read ({one_line(f'{type(error).__name__}: {error}')[:300]}); download it again") from error
     raise ZooError(f"{folder}: no tokenizer; put the checkpoint's tokenizer.json, tekken.json or tokenizer.model there")
 
 
@@ -103,7 +104,7 @@ def read(folder: Path) -> Parts:
 
 
 def _from_json(path: Path, settings: Settings) -> Parts:
-    data = _read_json(path, MAX_VOCABULARY, once=True)
+    data = _read_json(path, MAX_VOCABULARY)
     model = data["model"]
     _require(model["type"] == "BPE", "model type", model["type"])
     for option, value in model.items():
@@ -244,7 +245,7 @@ def _prefix(post_processor: dict[str, Any] | None) -> list[int]:
 
 def _from_tekken(path: Path, settings: Settings) -> Parts:
     """The special tokens have the first ids. The vocabulary has more tokens than are used: those beyond default_vocab_size are not."""
-    data = _read_json(path, MAX_VOCABULARY, once=True)
+    data = _read_json(path, MAX_VOCABULARY)
     config, named = data["config"], data.get("special_tokens")
     base, size = _check_id(config["default_num_special_tokens"]), _check_id(config["default_vocab_size"])
     vocab = data["vocab"][: max(size - base, 0)]
@@ -270,10 +271,7 @@ def _from_tekken(path: Path, settings: Settings) -> Parts:
 
 def _from_model(path: Path, settings: Settings) -> Parts:
     data = _read(path, MAX_VOCABULARY)
-    return _from_tiktoken(path, data, settings) if _TIKTOKEN_LINE.match(data) else _from_sentencepiece(path, data, settings)
-
-
-_TIKTOKEN_LINE = regex.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
+    return _from_tiktoken(path, data, settings) if TIKTOKEN_LINE.match(data) else _from_sentencepiece(path, data, settings)
 
 
 def _from_tiktoken(path: Path, data: bytes, settings: Settings) -> Parts:
@@ -303,9 +301,6 @@ def _from_sentencepiece(path: Path, data: bytes, settings: Settings) -> Parts:
     return Parts(path, backend, list(added.values()), None, None, roles | settings)
 
 
-# --- small things -------------------------------------------------------------------------------------------------------------------------
-
-
 def _read(path: Path, limit: int, why: str = "no known tokenizer is that large") -> bytes:
     """Asks for the size before it reads."""
     size = path.stat().st_size
@@ -314,31 +309,17 @@ def _read(path: Path, limit: int, why: str = "no known tokenizer is that large")
     return path.read_bytes()
 
 
-def _read_json(path: Path, limit: int, once: bool = False) -> dict[str, Any]:
-    """once: a key that comes twice in an object is an error."""
+def _read_json(path: Path, limit: int) -> dict[str, Any]:
     text = _read(path, limit).decode()
     containers = text.count("[") + text.count("{")
     # An empty list takes twenty times its text in memory; a merge, the shortest list that occurs in numbers, has ten characters.
     most = MAX_CONTAINERS if limit == MAX_CONFIG else MAX_CONTAINERS + len(text) // 8
     if text.count(",") + containers > MAX_VALUES or containers > most:
         raise ZooError(f"more than {MAX_VALUES:,} values or {most:,} lists and objects: no known tokenizer has as many")
-    data = json.loads(text, object_pairs_hook=_once if once else None, parse_constant=_no_constant)
+    data = parse(text.encode())
     if not isinstance(data, dict):
         raise TypeError("not a JSON object")
     return data
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ZooError(f"the key {key[:100]!r} comes twice; download the file again")
-        found[key] = value
-    return found
-
-
-def _no_constant(name: str) -> None:
-    raise ZooError(f"{name} is no JSON number; download the file again")
 
 
 def _flat(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
@@ -365,6 +346,5 @@ def short(value: object) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
 
 
-def one_line(error: BaseException) -> str:
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= 300 else text[:300] + "..."
+def told(error: BaseException) -> str:
+    return one_line(f"{type(error).__name__}: {error}")[:300]

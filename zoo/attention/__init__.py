@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import typing
 
-from zoo.attention.cache import Attention, Budget
+from zoo.attention.budget import Budget
+from zoo.attention.cache import Attention
 from zoo.attention.full import Full
 from zoo.attention.sliding import Sliding
 from zoo.attention.subgen import SubGen

@@ -16,7 +16,6 @@ import copy
 import dataclasses
 import math
 import os
-import re
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -127,9 +126,9 @@ class Cache(nn.Module):
     backend: str = "auto"
     prompt_open: bool = True  # between begin_prompt (or the start) and end_prompt
 
+    @abstractmethod
     def row(self, pos: Tensor) -> Tensor:
         """Positions (B, T) -> the rows where new tokens are written."""
-        raise NotImplementedError
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
         """q (B, H, T, D), k, v (B, G, T, D), rotated, at pos (B, T) -> out (B, H, T, D). New tokens see the cache, and each other
@@ -141,9 +140,9 @@ class Cache(nn.Module):
         """What queries see."""
         return self.store.read(self.window)
 
+    @abstractmethod
     def reserve(self, tokens: int, exactly: bool) -> int:
         """Make room for a sequence of `tokens` tokens, doubling unless `exactly`. -> the tokens that now fit."""
-        raise NotImplementedError
 
     def maintain(self, seen: Tensor) -> None:
         """seen (B,): true lengths. Absorb what has waited long enough; a second call changes nothing."""
@@ -345,25 +344,3 @@ class Attention:
     def __str__(self) -> str:
         options = ",".join(f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
         return type(self).__name__.lower() + (f":{options}" if options else "")
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Slots a layer and head may own on average, in tokens (`1024`) or as a share of the prompt (`25%`)."""
-
-    number: float
-    percent: bool = False
-
-    @staticmethod
-    def parse(text: str) -> Budget:
-        """Raises ValueError."""
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text)
-        if not found or (not found[2] and "." in found[1]):
-            raise ValueError(f"{text!r} is neither a number of tokens such as 1024 nor a share such as 25%")
-        return Budget(float(found[1]), bool(found[2]))
-
-    def tokens(self, prompt: int) -> int:
-        return math.ceil(prompt * self.number / 100) if self.percent else int(self.number)
-
-    def __str__(self) -> str:
-        return f"{self.number:g}" + "%" * self.percent

@@ -23,7 +23,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from zoo.attention.cache import BLOCK, Attention, Budget, Cache, Caches, SlotStore, round_up
+from zoo.attention.budget import Budget
+from zoo.attention.cache import BLOCK, Attention, Cache, Caches, SlotStore, round_up
 from zoo.attention.slots import Slots
 from zoo.errors import ZooError
 from zoo.random import uniform

@@ -6,6 +6,7 @@ Shapes: B batch, T new tokens, h any number of heads, D head size; positions (B,
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -239,13 +240,13 @@ class CausalLM(nn.Module):
     config: Any
     rotary: Rotary
 
+    @abstractmethod
     def hidden(self, ids: Tensor, pos: Tensor | None, cache: Caches | None = None) -> Tensor:
         """ids (B, T) int64 at positions (B, T) (None = from 0) -> last hidden states (B, T, C), in the model's dtype."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, V) float32."""
-        raise NotImplementedError
 
     def through(self, layers: nn.ModuleList, x: Tensor, pos: Tensor | None, cache: Caches | None) -> Tensor:
         """x (B, T, C) through all layers at positions (B, T) (None = from 0); without a cache, one exact causal pass."""
