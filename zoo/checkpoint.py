@@ -117,8 +117,9 @@ def load_into(model: nn.Module, folder: Path, dtype: torch.dtype | None, device:
 
     dtype None = the file's; where its tensors disagree, the one config.json names, else the widest among them. One Parameter under
     two names (a tied output head) stays one: the checkpoint may hold it under either name, or under both with equal values.
-    Raises ZooError, with `model` as it was, for a file that cannot be read, and for tensors that are missing, unexpected (unless a regular expression in `model.ignored_tensors` matches the name), of another
-    shape, or neither F32, F16 nor BF16: all of them in one message.
+    Raises ZooError, with `model` as it was, for a file that cannot be read, and for tensors that are missing, unexpected (unless a
+    regular expression in `model.ignored_tensors` matches the name), of another shape, or neither F32, F16 nor BF16: all of them in
+    one message.
     """
     if dtype and not dtype.is_floating_point:
         raise ZooError(f"dtype {dtype} cannot hold weights; use float32, float16 or bfloat16")
