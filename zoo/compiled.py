@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.attention.cache import Caches
+from zoo.attention.cache import Caches, open_dimensions
 from zoo.errors import ZooError
 
 log = logging.getLogger("zoo")
@@ -126,9 +126,8 @@ class Step:
         not recompile; Dynamo otherwise takes the shapes of buffers for constants. Nothing else is left open: it would also open whatever
         differs from an earlier method's cache, which nested regions cannot bind."""
         assert self.compiled is not None
-        for t in cache.buffers():
-            if t.dim() >= 3:
-                torch._dynamo.maybe_mark_dynamic(t, 2)
+        for _, t, dim in open_dimensions(cache):
+            torch._dynamo.maybe_mark_dynamic(t, dim)
         static = ("force_parameter_static_shapes", "force_nn_module_property_static_shapes", "automatic_dynamic_shapes")
         with torch._dynamo.config.patch(dict.fromkeys(static, False)):
             out = self.compiled(ids, pos, cache)

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 
 from zoo.attention.budget import Budget
 from zoo.attention.cache import Attention
 from zoo.attention.full import Full
+from zoo.attention.h2o import H2O
+from zoo.attention.keydiff import KeyDiff
+from zoo.attention.l2norm import L2Norm
+from zoo.attention.sinks import Sinks
 from zoo.attention.sliding import Sliding
-from zoo.attention.subgen import SubGen
+from zoo.attention.snapkv import SnapKV
+from zoo.attention.tova import Tova
+from zoo.attention.uniform import Uniform
 from zoo.errors import ZooError
 
-ATTENTION: dict[str, type[Attention]] = {"full": Full, "sliding": Sliding, "subgen": SubGen}
+ATTENTION: dict[str, type[Attention]] = {
+    "full": Full,
+    "sliding": Sliding,
+    "sinks": Sinks,
+    "uniform": Uniform,
+    "h2o": H2O,
+    "snapkv": SnapKV,
+    "tova": Tova,
+    "l2norm": L2Norm,
+    "keydiff": KeyDiff,
+}
 
 
 def options(method: type[Attention]) -> dict[str, tuple[type, object]]:
@@ -42,13 +59,16 @@ def parse(spelling: str | Attention) -> Attention:
 
 
 def convert(name: str, key: str, kind: type, value: str) -> object:
+    """An option's text as its type. Raises ZooError."""
+    if kind is bool and value in ("true", "false"):
+        return value == "true"
     try:
+        if kind is bool or (kind is float and not math.isfinite(float(value))):
+            raise ValueError
         return Budget.parse(value) if kind is Budget else kind(value)
     except ValueError:
-        expected = (
-            "tokens such as 1024 or a share such as 25%" if kind is Budget else {"int": "a whole number"}.get(kind.__name__, kind.__name__)
-        )
-        raise ZooError(f"{name}: {key}={value!r} is not {expected}") from None
+        expected = {"Budget": "tokens such as 1024 or a share such as 25%", "int": "a whole number", "float": "a number", "bool": "true or false"}
+        raise ZooError(f"{name}: {key}={value!r} is not {expected[kind.__name__]}") from None
 
 
-__all__ = ["ATTENTION", "Attention", "Budget", "Full", "Sliding", "SubGen", "options", "parse"]
+__all__ = ["ATTENTION", "Attention", "Budget", "Full", "Sliding", "options", "parse"]

@@ -1,10 +1,10 @@
-"""The cache contract: a method (`Attention`) makes `Caches`, one `Cache` a layer, that hold what a model remembers in a `SlotStore`.
+"""The cache contract: a method (`Attention`) makes `Caches`, one `Cache` a layer, that hold what a model remembers.
 
     attend(q, k, v, pos)   writes the new tokens, then answers their queries. The only thing inside the compiled decode step.
-    maintain()             where a sequence's length reaches a multiple of BLOCK = 64: absorbs what has waited in the pending ring
+    maintain()             where a sequence's length reaches a multiple of its block (64): absorbs what has waited in the pending ring
     begin_prompt(lengths)  a prompt or chat turn of these lengths comes next     end_prompt()  it is over: compress it
 
-A model call is split at the multiples of 64, so decoding one by one, in chunks, or in one pass gives the same state by construction.
+A model call is split there, so decoding one by one, in chunks, or in one pass gives the same state by construction.
 
 Letters: B batch, T new tokens, H query heads, G key/value heads, D head size, S slots. Positions are int64 (B, T), -1 = padding: never
 cached, never seen. Keys are cached after the rotary embedding, at their true position; nothing is re-indexed when slots move.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import os
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.attention.slots import Slots, attention
+from zoo.attention.store import SlotStore
 from zoo.errors import ZooError
 
 BLOCK = 64  # tokens that may wait in the pending ring; budgets pay for it
@@ -36,86 +36,20 @@ def round_up(n: int, step: int = BLOCK) -> int:
     return -(-n // step) * step
 
 
+def open_dimensions(module: nn.Module) -> Iterator[tuple[str, Tensor, int]]:
+    """(name, buffer, dimension) of everything below `module` that may grow: what a compiled step leaves open."""
+    for prefix, part in module.named_modules():
+        for name, dim in getattr(part, "OPEN", {}).items():
+            t = part._buffers.get(name)
+            if t is not None:
+                yield f"{prefix}.{name}".lstrip("."), t, dim
+
+
 class Bytes(NamedTuple):
     """used: rows that hold a token or a cluster. allocated: the storages as they are, each counted once."""
 
     used: int
     allocated: int
-
-
-class SlotStore(nn.Module):
-    """Slots of one layer, every head owning the same number of rows: k, v (B, G, S, D), pos int32 and a float32 beside them.
-
-    Row 0 swallows what padding writes: its position stays -1, so it is never seen, and a write needs no branch.
-    `shared=True`: all heads hold the same tokens, so that one row of positions (B, 1, S) serves them and there are no log-weights.
-    The buffers are views of the first S rows of storages that may be longer: a step reads what is there, not what is allocated.
-    """
-
-    k: Tensor
-    v: Tensor
-    pos: Tensor
-    a: Tensor | None
-
-    def __init__(self, batch: int, heads: int, rows: int, head_dim: int, dtype: torch.dtype, device: Any, shared: bool) -> None:
-        super().__init__()
-        self.register_buffer("k", torch.zeros(batch, heads, rows, head_dim, dtype=dtype, device=device))
-        self.register_buffer("v", torch.zeros(batch, heads, rows, head_dim, dtype=dtype, device=device))
-        self.register_buffer("pos", torch.full((batch, 1 if shared else heads, rows), -1, dtype=torch.int32, device=device))
-        self.register_buffer("a", None if shared else torch.zeros(batch, heads, rows, device=device))
-
-    @property
-    def rows(self) -> int:
-        return self.k.shape[2]
-
-    def tensors(self) -> dict[str, Tensor]:
-        return dict(self.named_buffers(recurse=False))
-
-    def resize(self, rows: int, capacity: int) -> None:
-        """Show the first `rows` rows, reallocating to `capacity` rows where the storage is too short; new rows are empty."""
-        for name, old in self.tensors().items():
-            per_head = math.prod(old.shape[3:])
-            if old.stride(1) <= rows * per_head:
-                new = old.new_empty((*old.shape[:2], max(rows + 1, capacity), *old.shape[3:])).fill_(-1 if name == "pos" else 0)
-                new[:, :, : old.shape[2]] = old
-                old = new
-            setattr(self, name, old.as_strided((*old.shape[:2], rows, *old.shape[3:]), old.stride()))
-
-    def append(self, row: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> None:
-        """Write new tokens k, v (B, G, T, D) into rows (B, T) of every head, with log-weight 0. Padding (pos -1) goes to row 0."""
-        row = torch.where(pos >= 0, row, 0)
-        b = torch.arange(k.shape[0], device=k.device)[:, None, None]
-        g = torch.arange(k.shape[1], device=k.device)[None, :, None]
-        where = (b, g, row[:, None])
-        self.k.index_put_(where, k)
-        self.v.index_put_(where, v)
-        self.pos.index_put_((b, g[:, : self.pos.shape[1]], row[:, None]), pos[:, None].to(torch.int32).expand(-1, self.pos.shape[1], -1))
-        if self.a is not None:
-            self.a.index_put_(where, torch.zeros((), device=k.device))
-
-    def replace(self, start: int, k: Tensor, v: Tensor, a: Tensor, pos: Tensor) -> None:
-        """Overwrite rows start, start + 1, ... of every head: k, v (B, G, N, D), a, pos (B, G, N); pos -1 = nothing there."""
-        end = start + k.shape[2]
-        assert self.a is not None
-        self.k[:, :, start:end], self.v[:, :, start:end] = k.to(self.k.dtype), v.to(self.v.dtype)
-        self.a[:, :, start:end], self.pos[:, :, start:end] = a, pos.to(torch.int32)
-
-    def free(self, gone: Tensor) -> None:
-        """Empty the rows where gone (B, G or 1, S) is true."""
-        self.pos.masked_fill_(gone, -1)
-
-    def read(self, window: int | None = None) -> Slots:
-        """The slots as the formula reads them; views, nothing is copied."""
-        return Slots(self.k, self.v, self.pos, self.a, window=window)
-
-    def move(self, row: Tensor, rows: int) -> None:
-        """Reallocate to `rows` rows; old row i (of S) goes to row[b, i] (B, S), and to row 0, empty, where that is 0."""
-        for name, old in self.tensors().items():
-            new = old.new_full((*old.shape[:2], rows, *old.shape[3:]), -1 if name == "pos" else 0)
-            index = row[:, None].expand(old.shape[:3])
-            index = index[..., None].expand(old.shape) if old.dim() == 4 else index
-            new.scatter_(2, index, old)
-            setattr(self, name, new)
-        self.pos[:, :, 0] = -1
 
 
 class Cache(nn.Module):
@@ -143,9 +77,6 @@ class Cache(nn.Module):
     @abstractmethod
     def reserve(self, tokens: int, exactly: bool) -> int:
         """Make room for a sequence of `tokens` tokens, doubling unless `exactly`. -> the tokens that now fit."""
-
-    def maintain(self, seen: Tensor) -> None:
-        """seen (B,): true lengths. Absorb what has waited long enough; a second call changes nothing."""
 
     def end_prompt(self, seen: Tensor) -> None:
         """The prompt or chat turn is over, at lengths seen (B,)."""
@@ -183,9 +114,8 @@ class Caches(nn.ModuleList):
 
     tokens_seen: Tensor  # (B,) int64: true lengths, whatever the number of slots
 
-    def __init__(self, caches: Sequence[Cache], batch: int, device: Any, blocks: bool = False) -> None:
+    def __init__(self, caches: Sequence[Cache], batch: int, device: Any) -> None:
         super().__init__(caches)
-        self.blocks = blocks  # whether anything happens at the multiples of BLOCK; if not, calls are not split
         self.about = ""  # method, model and dtype: what a saved state must share with the cache that loads it
         self.max_tokens: int | None = None  # how long sequences are expected to get
         self.room = 0  # tokens that fit before a cache must be asked again
@@ -228,13 +158,13 @@ class Caches(nn.ModuleList):
         self.prompt_open = False
 
     def split(self, ids: Tensor, pos: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (ids, pos), both (B, t), in pieces that end where a sequence reaches a multiple of BLOCK, making room before each and
-        absorbing after each. Raises ZooError when ids do not fit the cache's batch."""
+        """Yield (ids, pos), both (B, t), in pieces that end where `ends` says so, making room before each and absorbing after each.
+        Raises ZooError when ids do not fit the cache's batch."""
         if ids.dim() != 2 or ids.shape[0] != self.batch:
             raise ZooError(f"ids of shape {tuple(ids.shape)} do not fit a cache of batch {self.batch}; expected ({self.batch}, T)")
         pos = self.positions(ids.shape[1]) if pos is None else pos
-        ends = ((pos + 1) % BLOCK == 0).any(0).tolist() if self.blocks and not self.prompt_open else []
-        cuts = sorted({t + 1 for t, end in enumerate(ends) if end} | {ids.shape[1]})
+        ends = self.ends(pos)
+        cuts = sorted({t + 1 for t, end in enumerate([] if ends is None else ends.any(0).tolist()) if end} | {ids.shape[1]})
         start = 0
         for cut in cuts:
             piece, where = ids[:, start:cut], pos[:, start:cut]
@@ -242,6 +172,10 @@ class Caches(nn.ModuleList):
             yield piece, where
             self.advance(where)
             start = cut
+
+    def ends(self, pos: Tensor) -> Tensor | None:
+        """(B, T) bool: after which of the tokens at pos (B, T) something must be absorbed. None: after none of them."""
+        return None
 
     def reserve(self, pos: Tensor) -> None:
         """Make room for the tokens at pos (B, T)."""
@@ -255,10 +189,7 @@ class Caches(nn.ModuleList):
         self.maintain()
 
     def maintain(self) -> None:
-        """Absorb pending tokens where a sequence's length is a multiple of BLOCK; outside the decode graph, and idempotent."""
-        if self.blocks and not self.prompt_open and bool((self.tokens_seen % BLOCK == 0).any()):
-            for cache in self:
-                cache.maintain(self.tokens_seen)
+        """Absorb pending tokens where `ends` says so; outside the decode graph, and idempotent."""
 
     def nbytes(self) -> Bytes:
         """Measured: every storage behind a buffer once, metadata included."""
@@ -275,9 +206,16 @@ class Caches(nn.ModuleList):
             raise ZooError(f"expand needs a cache of batch 1; this one has {self.batch}")
         new = self.clone()
         for module in new.modules():
-            for name, t in list(module.named_buffers(recurse=False)):
-                setattr(module, name, t.repeat_interleave(batch, 0))
+            if hasattr(module, "expand_batch"):
+                module.expand_batch(batch)
+            else:
+                for name, t in list(module.named_buffers(recurse=False)):
+                    setattr(module, name, t.repeat_interleave(batch, 0))
+        new.refresh()
         return new
+
+    def refresh(self) -> None:
+        """Bring in line what follows from buffers that were just replaced."""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the state as safetensors; the file appears whole or not at all."""
@@ -303,10 +241,13 @@ class Caches(nn.ModuleList):
                 meta, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as e:
             raise ZooError(f"cannot read a cache from {path}: {e}") from e
-        mine = dict(self.named_buffers())
+        mine, grows = dict(self.named_buffers()), {name: dim for name, _, dim in open_dimensions(self)}
+
+        def shape(name: str, t: Tensor) -> list[int]:
+            return [n for dim, n in enumerate(t.shape) if dim != grows.get(name)]
+
         fits = set(mine) == set(tensors) and all(
-            t.dtype == mine[n].dtype and t.dim() == mine[n].dim() and t.shape[:2] == mine[n].shape[:2] and t.shape[3:] == mine[n].shape[3:]
-            for n, t in tensors.items()
+            t.dtype == mine[n].dtype and t.dim() == mine[n].dim() and shape(n, t) == shape(n, mine[n]) for n, t in tensors.items()
         )
         if meta.get("kind") != self.kind() or not fits:
             held = meta.get("kind", "unknown")
@@ -315,6 +256,7 @@ class Caches(nn.ModuleList):
             module, _, leaf = name.rpartition(".")
             setattr(self.get_submodule(module), leaf, t)
         self.prompt_open = meta["prompt_open"] == "True"
+        self.refresh()
 
     def kind(self) -> str:
         """What a saved state must share with the cache that loads it."""
@@ -326,6 +268,8 @@ class Attention:
     """A method: its options, and nothing else. `name:option=value,option=value` on the command line is this object."""
 
     exact_when: ClassVar[str] = "never"
+    name: ClassVar[str] = ""  # its spelling; the class's own name in lower case unless given
+    main: ClassVar[str] = "budget"  # the option that is always printed
 
     @abstractmethod
     def caches(
@@ -342,5 +286,8 @@ class Attention:
         will get, prompt_tokens what `%` budgets are a share of (None: what `begin_prompt` announces)."""
 
     def __str__(self) -> str:
-        options = ",".join(f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
-        return type(self).__name__.lower() + (f":{options}" if options else "")
+        """As it is spelled: options that have their default are left out, but for the one a method is about."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        shown = {f.name: values[f.name] for f in dataclasses.fields(self) if f.name == self.main or values[f.name] != f.default}
+        options = ",".join(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in shown.items())
+        return (self.name or type(self).__name__.lower()) + (f":{options}" if options else "")

@@ -55,6 +55,7 @@ class Sliding(Attention):
     window: int = 1024
 
     exact_when: ClassVar[str] = "window >= tokens"
+    main: ClassVar[str] = "window"
 
     def __post_init__(self) -> None:
         if not 1 <= self.window <= 2**31:

@@ -14,6 +14,7 @@ PyTorch's fused kernel. A sum over slots can be taken in parts: each part is car
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import ZooError
+
+PAGE = 32  # rows of a page
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,26 @@ class Slots:
     pos: Tensor
     a: Tensor | None = None
     b: Tensor | None = None
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class PagedSlots:
+    """Slots of heads that own different numbers of them, in pages of PAGE rows (zoo/attention/store.py).
+
+    k, v (P, PAGE, D), pos, a (P, PAGE): an arena of pages. `pages` (N,) are those read here, `owner` (N,) the head b G + g of each, and
+    `table` (B G, J) where in that list each head's pages stand; lists are padded with a page whose positions are all -1. `spans` says the
+    same as ranges: head -> (first page, pages), contiguous.
+    """
+
+    k: Tensor
+    v: Tensor
+    pos: Tensor
+    a: Tensor
+    pages: Tensor
+    owner: Tensor
+    table: Tensor
+    spans: Sequence[tuple[int, int]] = ()
     window: int | None = None
 
 
@@ -56,24 +79,32 @@ def visible(q_pos: Tensor, slots: Slots) -> Tensor:
     return seen if slots.window is None else seen & (s > q - slots.window)
 
 
-def scores(q: Tensor, q_pos: Tensor, slots: Slots) -> tuple[Tensor, Tensor]:
-    """s q.k_j of every query head and slot, (B, G, R, T, S), and which are visible, broadcastable to it."""
+def finite(top: Tensor) -> Tensor:
+    """A maximum to subtract: 0 in place of -inf, so that exp(-inf - max) is 0 and not NaN where nothing is visible."""
+    return top.where(top > -torch.inf, 0)
+
+
+def grouped(q: Tensor, heads: int) -> Tensor:
+    """q (B, H, T, D) -> (B, G, R, T, D), at least float32: query head h reads kv head h // R."""
     B, _, T, D = q.shape
-    wide = torch.promote_types(q.dtype, torch.float32)
-    q = q.to(wide).view(B, slots.k.shape[1], -1, T, D)  # query head h reads kv head h // R
-    return q @ slots.k.to(wide)[:, :, None].mT * D**-0.5, visible(q_pos, slots)[:, :, None]
+    return q.to(torch.promote_types(q.dtype, torch.float32)).view(B, heads, -1, T, D)
+
+
+def slot_scores(q: Tensor, q_pos: Tensor, slots: Slots) -> Tensor:
+    """s q.k_j of every query head and slot, (B, G, R, T, S), -inf where a query may not see."""
+    q = grouped(q, slots.k.shape[1])
+    score = q @ slots.k.to(q.dtype)[:, :, None].mT * q.shape[-1] ** -0.5
+    return score.masked_fill(~visible(q_pos, slots)[:, :, None], -torch.inf)
 
 
 def slot_parts(q: Tensor, q_pos: Tensor, slots: Slots) -> Parts:
     """The formula's two sums over `slots` for q (B, H, T, D) at q_pos (B, T)."""
-    score, seen = scores(q, q_pos, slots)
-    score = score.masked_fill(~seen, -torch.inf)
+    score = slot_scores(q, q_pos, slots)
 
     def exponentials(logweight: Tensor | None) -> tuple[Tensor, Tensor]:
         x = score if logweight is None else score + logweight[:, :, None, None]
         top = x.amax(-1) if x.shape[-1] else x.new_full(x.shape[:-1], -torch.inf)
-        # Where nothing is visible the maximum is -inf; 0 in its place keeps exp(-inf - max) = 0 instead of NaN.
-        return (x - top.where(top > -torch.inf, 0)[..., None]).exp(), top
+        return (x - finite(top)[..., None]).exp(), top
 
     e, max_num = exponentials(slots.a)
     num = e @ slots.v.to(e.dtype)[:, :, None]
@@ -81,11 +112,35 @@ def slot_parts(q: Tensor, q_pos: Tensor, slots: Slots) -> Parts:
     return Parts(num, max_num, f.sum(-1), max_den)
 
 
+def paged_scores(q: Tensor, q_pos: Tensor, slots: PagedSlots) -> Tensor:
+    """s q.k_j + a_j of every page read, (N, R, T, PAGE), -inf where a query may not see."""
+    B, heads = q.shape[0], slots.table.shape[0]
+    q = grouped(q, heads // B).flatten(0, 1)
+    page, owner = slots.pages.long(), slots.owner.long()
+    pos, at = slots.pos[page][:, None, None], q_pos[owner // (heads // B)][:, None, :, None]  # (N, 1, 1, PAGE), (N, 1, T, 1)
+    seen = (pos >= 0) & (pos <= at)
+    seen = seen if slots.window is None else seen & (pos > at - slots.window)
+    score = q[owner] @ slots.k[page].to(q.dtype)[:, None].mT * q.shape[-1] ** -0.5
+    return (score + slots.a[page][:, None, None]).masked_fill(~seen, -torch.inf)
+
+
+def paged_parts(q: Tensor, q_pos: Tensor, slots: PagedSlots) -> Parts:
+    """`slot_parts` over pages: each page is a sum of its own, and a head adds up its pages."""
+    (B, _, T, D), heads, table = q.shape, slots.table.shape[0], slots.table.long()
+    score = paged_scores(q, q_pos, slots)
+    top = score.amax(-1)[table].amax(1)  # (B G, R, T)
+    e = (score - finite(top)[slots.owner.long()][..., None]).exp()
+    num, den = e @ slots.v[slots.pages.long()].to(e.dtype)[:, None], e.sum(-1)
+    shape = (B, heads // B, *top.shape[1:])
+    top = top.view(shape)
+    return Parts(num[table].sum(1).view(*shape, D), top, den[table].sum(1).view(shape), top)
+
+
 def merge(x: Parts, y: Parts) -> Parts:
     """The parts of two disjoint sets of slots -> the parts of their union."""
 
     def scale(top: Tensor, old: Tensor) -> Tensor:
-        return (old - top.where(top > -torch.inf, 0)).exp()
+        return (old - finite(top)).exp()
 
     top_num, top_den = torch.maximum(x.max_num, y.max_num), torch.maximum(x.max_den, y.max_den)
     return Parts(
@@ -104,6 +159,28 @@ def finish(parts: Parts, dtype: torch.dtype) -> Tensor:
     return out.view(B, G * R, T, D).to(dtype)
 
 
+def slot_mass(q: Tensor, q_pos: Tensor, slots: Slots, whole: Parts, queries: Tensor | None = None) -> Tensor:
+    """The probability (by denominator weight) that each of `slots` received out of `whole`, its own part or one it was merged into, summed
+    over queries and over the group's query heads: (B, G, S) float32. `queries` (B, T): how much each query counts."""
+    score, logweight = slot_scores(q, q_pos, slots), slots.a if slots.b is None else slots.b
+    score = score if logweight is None else score + logweight[:, :, None, None]
+    prob = (score - finite(whole.max_den)[..., None]).exp() * per_query(whole, queries)[..., None]
+    return prob.sum((2, 3))
+
+
+def paged_mass(q: Tensor, q_pos: Tensor, slots: PagedSlots, whole: Parts, queries: Tensor | None = None) -> Tensor:
+    """`slot_mass` of pages: (N, PAGE)."""
+    owner = slots.owner.long()
+    top, scale = finite(whole.max_den).flatten(0, 1)[owner], per_query(whole, queries).flatten(0, 1)[owner]
+    return ((paged_scores(q, q_pos, slots) - top[..., None]).exp() * scale[..., None]).sum((1, 2))
+
+
+def per_query(whole: Parts, queries: Tensor | None) -> Tensor:
+    """1 / den, times how much a query counts: (B, G, R, T)."""
+    scale = 1 / whole.den.where(whole.den > 0, torch.inf)
+    return scale if queries is None else scale * queries[:, None, None]
+
+
 def slot_attention(q: Tensor, q_pos: Tensor, slots: Slots, mass: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """out (B, H, T, D) in q's dtype for q (B, H, T, D) at q_pos (B, T) int64; a padded query (-1) gets 0.
 
@@ -112,14 +189,7 @@ def slot_attention(q: Tensor, q_pos: Tensor, slots: Slots, mass: bool = False) -
     """
     parts = slot_parts(q, q_pos, slots)
     out = finish(parts, q.dtype)
-    if not mass:
-        return out
-    score, seen = scores(q, q_pos, slots)
-    logweight = slots.a if slots.b is None else slots.b
-    score = score if logweight is None else score + logweight[:, :, None, None]
-    top = parts.max_den.where(parts.max_den > -torch.inf, 0)[..., None]
-    prob = torch.where(seen, (score - top).exp(), 0) / parts.den.where(parts.den > 0, 1)[..., None]
-    return out, prob.sum((2, 3))
+    return (out, slot_mass(q, q_pos, slots, parts)) if mass else out
 
 
 def sdpa(q: Tensor, q_pos: Tensor, slots: Slots) -> Tensor:
@@ -140,6 +210,47 @@ def sdpa(q: Tensor, q_pos: Tensor, slots: Slots) -> Tensor:
     out = F.scaled_dot_product_attention(q.reshape(B, G, -1, D), slots.k, slots.v, attn_mask=bias)
     # A query that sees nothing gets 0 by the formula; the kernels disagree among themselves about that case.
     return out.view(B, H, T, D) * (q_pos >= 0)[:, None, :, None]
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, queries: int) -> Parts:
+    """One fused pass on a CPU for q (B, G, R T, D), k, v (B, G, S, D), with what is added to scores, bias (B or 1, G or 1, R T or 1, S):
+    Parts whose num is the output and whose maxima are its log-sum-exp. Keys and values stay in their own dtype; sums are float32."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
+    some = bias.amax(-1) > -torch.inf
+    lse = lse.masked_fill(~some, -torch.inf).unflatten(2, (-1, queries))  # the kernel says 0 where nothing is seen
+    return Parts(out.to(lse.dtype).unflatten(2, (-1, queries)), lse, (lse > -torch.inf).to(lse.dtype), lse)
+
+
+def flash_slots(q: Tensor, q_pos: Tensor, slots: Slots) -> Parts:
+    """`slot_parts` by `flash`. The R query heads of a group are rows, so that keys are read once."""
+    B, H, T, D = q.shape
+    G = slots.k.shape[1]
+    seen = visible(q_pos, slots)
+    bias = torch.where(seen, 0.0 if slots.a is None else slots.a[:, :, None], -torch.inf).to(torch.promote_types(q.dtype, torch.float32))
+    if T > 1:
+        bias = bias[:, :, None].expand(B, bias.shape[1], H // G, T, -1).reshape(B, -1, H // G * T, seen.shape[-1])
+    return flash(q.reshape(B, G, -1, D), slots.k, slots.v, bias, T)
+
+
+def flash_pages(q: Tensor, q_pos: Tensor, slots: PagedSlots) -> Parts:
+    """`paged_parts` by `flash`, one head after the other: each reads its own contiguous pages, and nothing is padded."""
+    B, H, T, D = q.shape
+    heads = slots.table.shape[0]
+    q = q.reshape(heads, 1, 1, -1, D)
+    wide, parts = torch.promote_types(q.dtype, torch.float32), []
+    for head, (first, n) in enumerate(slots.spans):
+        rows = slice(first, first + n)
+        k, v = slots.k[rows].view(1, 1, -1, D), slots.v[rows].view(1, 1, -1, D)
+        bias = slots.a[rows].view(1, 1, 1, -1).to(wide)  # -inf where a row is empty; whatever is here is older than the queries
+        if slots.window is not None:
+            pos, at = slots.pos[rows].view(1, 1, 1, -1), q_pos[head * B // heads].view(1, 1, T, 1)
+            bias = torch.where(pos > at - slots.window, bias, -torch.inf).repeat(1, 1, H // (heads // B), 1)
+        if n:
+            parts.append(flash(q[head], k, v, bias, T))
+        else:
+            none = torch.full((1, 1, q.shape[3] // T, T), -torch.inf, dtype=wide, device=q.device)
+            parts.append(Parts(none.new_zeros(*none.shape, D), none, torch.zeros_like(none), none))
+    return Parts(*(torch.cat(x).unflatten(0, (B, -1)).squeeze(2) for x in zip(*parts, strict=True)))
 
 
 BACKENDS: dict[str, Any] = {"eager": slot_attention, "sdpa": sdpa}

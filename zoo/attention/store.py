@@ -1,0 +1,224 @@
+"""Where slots live. Two stores, with the same four verbs: `append` (new tokens), `replace` (what a method made of old ones), `free`, `read`.
+
+    SlotStore   every head owns the same number of rows: dense (B, G, S, D). New tokens always arrive here.
+    Pages       every layer and head owns as many pages of 32 rows as it needs, out of one arena that all layers share: (P, 32, D).
+                No head is padded to the longest, and the shapes that a compiled step sees do not depend on one prompt's head lengths.
+
+Letters: B batch, G key/value heads, S rows, D head size, L layers, P pages, J pages of the longest head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from zoo.attention.slots import PAGE, PagedSlots, Slots
+
+
+EMPTY = {"pos": -1, "a": -math.inf}  # what a page's row without a slot says
+
+
+def buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Name -> buffer of this module alone."""
+    return dict(module.named_buffers(recurse=False))
+
+
+class SlotStore(nn.Module):
+    """Slots of one layer, every head owning the same number of rows: k, v (B, G, S, D), pos int32 and a float32 beside them.
+
+    Row 0 swallows what padding writes: its position stays -1, so it is never seen, and a write needs no branch.
+    `shared=True`: all heads hold the same tokens, so that one row of positions (B, 1, S) serves them and there are no log-weights.
+    `mass=True` keeps beside each row the attention that its token got (float32).
+    The buffers are views of the first S rows of storages that may be longer: a step reads what is there, not what is allocated.
+    """
+
+    k: Tensor
+    v: Tensor
+    pos: Tensor
+    a: Tensor | None
+    mass: Tensor | None
+    OPEN: ClassVar[Mapping[str, int]] = {"k": 2, "v": 2, "pos": 2, "a": 2, "mass": 2}  # the dimension of each buffer that may grow
+
+    def __init__(
+        self, batch: int, heads: int, rows: int, head_dim: int, dtype: torch.dtype, device: Any, shared: bool, mass: bool = False
+    ) -> None:
+        super().__init__()
+        self.register_buffer("k", torch.zeros(batch, heads, rows, head_dim, dtype=dtype, device=device))
+        self.register_buffer("v", torch.zeros(batch, heads, rows, head_dim, dtype=dtype, device=device))
+        self.register_buffer("pos", torch.full((batch, 1 if shared else heads, rows), -1, dtype=torch.int32, device=device))
+        self.register_buffer("a", None if shared else torch.zeros(batch, heads, rows, device=device))
+        self.register_buffer("mass", torch.zeros(batch, heads, rows, device=device) if mass else None)
+
+    @property
+    def rows(self) -> int:
+        return self.k.shape[2]
+
+    def resize(self, rows: int, capacity: int) -> None:
+        """Show the first `rows` rows, reallocating to `capacity` rows where the storage is too short; new rows are empty."""
+        for name, old in buffers(self).items():
+            per_head = math.prod(old.shape[3:])
+            if old.stride(1) <= rows * per_head:
+                new = old.new_empty((*old.shape[:2], max(rows + 1, capacity), *old.shape[3:])).fill_(-1 if name == "pos" else 0)
+                new[:, :, : old.shape[2]] = old
+                old = new
+            setattr(self, name, old.as_strided((*old.shape[:2], rows, *old.shape[3:]), old.stride()))
+
+    def append(self, row: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> None:
+        """Write new tokens k, v (B, G, T, D) into rows (B, T) of every head, with log-weight 0. Padding (pos -1) goes to row 0."""
+        row = torch.where(pos >= 0, row, 0)
+        b = torch.arange(k.shape[0], device=k.device)[:, None, None]
+        g = torch.arange(k.shape[1], device=k.device)[None, :, None]
+        where = (b, g, row[:, None])
+        self.k.index_put_(where, k)
+        self.v.index_put_(where, v)
+        self.pos.index_put_((b, g[:, : self.pos.shape[1]], row[:, None]), pos[:, None].to(torch.int32).expand(-1, self.pos.shape[1], -1))
+        for beside in (self.a, self.mass):
+            if beside is not None:
+                beside.index_put_(where, torch.zeros((), device=k.device))
+
+    def replace(self, start: int, k: Tensor, v: Tensor, a: Tensor, pos: Tensor) -> None:
+        """Overwrite rows start, start + 1, ... of every head: k, v (B, G, N, D), a, pos (B, G, N); pos -1 = nothing there."""
+        end = start + k.shape[2]
+        assert self.a is not None
+        self.k[:, :, start:end], self.v[:, :, start:end] = k.to(self.k.dtype), v.to(self.v.dtype)
+        self.a[:, :, start:end], self.pos[:, :, start:end] = a, pos.to(torch.int32)
+
+    def free(self, gone: Tensor) -> None:
+        """Empty the rows where gone (B, G or 1, S) is true."""
+        self.pos.masked_fill_(gone, -1)
+
+    def read(self, window: int | None = None) -> Slots:
+        """The slots as the formula reads them; views, nothing is copied."""
+        return Slots(self.k, self.v, self.pos, self.a, window=window)
+
+    def move(self, row: Tensor, rows: int) -> None:
+        """Reallocate to `rows` rows; old row i (of S) goes to row[b, i] (B, S), and to row 0, empty, where that is 0."""
+        for name, old in buffers(self).items():
+            new = old.new_full((*old.shape[:2], rows, *old.shape[3:]), -1 if name == "pos" else 0)
+            index = row[:, None].expand(old.shape[:3])
+            index = index[..., None].expand(old.shape) if old.dim() == 4 else index
+            new.scatter_(2, index, old)
+            setattr(self, name, new)
+        self.pos[:, :, 0] = -1
+
+
+class Pages(nn.Module):
+    """An arena of pages, shared by the caches of all layers. Page 0 is empty and stays so: padding of lists points to it.
+
+    Heads are contiguous: layer l, sequence b, head g owns `share[l, b, g]` pages, one after the other in that order. Rows that hold
+    nothing have position -1. `extra` names what a method keeps beside a slot: name -> (numbers a row, dtype).
+    """
+
+    k: Tensor
+    v: Tensor
+    pos: Tensor
+    a: Tensor
+    share: Tensor  # (L, B, G) int32: pages of each head
+    OPEN: ClassVar[Mapping[str, int]] = {}  # filled per object: buffer -> the dimension that may grow
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: Any,
+        extra: Mapping[str, tuple[int, torch.dtype]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.fields: dict[str, tuple[int, torch.dtype]] = {
+            "k": (head_dim, dtype),
+            "v": (head_dim, dtype),
+            "a": (0, torch.float32),
+            "pos": (0, torch.int32),
+            **(extra or {}),
+        }
+        self.OPEN = dict.fromkeys(self.fields, 0)
+        self.device = device
+        self.lay_out(torch.zeros(layers, batch, heads, dtype=torch.int32))
+
+    def lay_out(self, share: Tensor) -> None:
+        """Give every head this many empty pages (L, B, G), in place of what it owned."""
+        self.register_buffer("share", share.to(torch.int32).to(self.device))
+        pages = max(2, 1 + int(share.sum()))  # a compiled step takes a size of 1 for a constant
+        for name, (size, dtype) in self.fields.items():
+            shape = (pages, PAGE, size) if size else (pages, PAGE)
+            self.register_buffer(name, torch.full(shape, EMPTY.get(name, 0), dtype=dtype, device=self.device))
+        self.index()
+
+    def index(self) -> None:
+        """What follows from `share`: the first page of each head, for reading without a look at the tensor."""
+        flat = self.share.flatten().long().cpu()
+        first = (1 + flat.cumsum(0) - flat).view(self.share.shape)
+        self.first: list[list[int]] = first.flatten(1).tolist()
+        self.count: list[list[int]] = self.share.flatten(1).tolist()
+
+    def lists(self, layer: int, avoid: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """For a layer: its pages (N,), the head b G + g that owns each (N,), and for each head where its pages stand in that list
+        (B G, J): int32. N and J are those of the layer that needs most, padded with page 0, so that all layers have one shape. N is not
+        `avoid`, nor another size here: a compiled step would take sizes that agree by chance for the same."""
+        _, B, G = self.share.shape
+        longest = max(2, *(sum(c) for c in self.count)) + 1
+        wide = max(2, *(max(c) for c in self.count))
+        while longest in (avoid, wide, len(self.pos)):
+            longest += 1
+        pages, owner = torch.zeros(longest, dtype=torch.int32), torch.zeros(longest, dtype=torch.int32)
+        table = torch.zeros(B * G, wide, dtype=torch.int32)
+        at = 1  # entry 0 is page 0, for the table's padding
+        for head, (first, n) in enumerate(zip(self.first[layer], self.count[layer], strict=True)):
+            pages[at : at + n] = torch.arange(first, first + n)
+            owner[at : at + n] = head
+            table[head, :n] = torch.arange(at, at + n)
+            at += n
+        return pages.to(self.device), owner.to(self.device), table.to(self.device)
+
+    def head(self, name: str, layer: int, head: int) -> Tensor:
+        """The rows of one head (b G + g): a view (rows, ...) of buffer `name`."""
+        first, n = self.first[layer][head], self.count[layer][head]
+        return getattr(self, name)[first : first + n].flatten(0, 1)
+
+    def rows(self, layer: int) -> Tensor:
+        """(B, G, J PAGE) int64: the arena's rows that each head owns; a row of page 0 where a head is shorter than the longest."""
+        counts, first = (torch.tensor(x[layer], device=self.device).view(self.share.shape[1:]) for x in (self.count, self.first))
+        j = torch.arange(max(1, int(counts.max())), device=self.device)
+        page = torch.where(j < counts[..., None], first[..., None] + j, 0)
+        return (page[..., None] * PAGE + torch.arange(PAGE, device=self.device)).flatten(2)
+
+    def read(self, layer: int) -> dict[str, Tensor]:
+        """A copy of a layer's slots, padded to its longest head: k, v (B, G, S, D), a, pos (B, G, S) and the extras; pos -1 = nothing."""
+        rows = self.rows(layer)
+        return {name: getattr(self, name).flatten(0, 1)[rows] for name in self.fields}
+
+    def replace(self, layer: int, slots: Mapping[str, Tensor]) -> None:
+        """Write a layer's slots, given as `read` gives them; slots with pos -1 and what is beyond a head's pages are left out. Slots
+        must come first: a head's n-th slot goes to its n-th row."""
+        rows = self.rows(layer)
+        n = min(rows.shape[2], slots["pos"].shape[2])
+        assert not bool((slots["pos"][:, :, n:] >= 0).any()), "more slots than a head's pages hold"
+        for name in self.fields:
+            flat = getattr(self, name).flatten(0, 1)
+            new = slots[name][:, :, :n]
+            if name in EMPTY:
+                flat[rows] = EMPTY[name]
+                new = torch.where(slots["pos"][:, :, :n] >= 0, new, EMPTY[name])
+            flat[rows[:, :, :n]] = new.to(flat.dtype)
+        for name, value in EMPTY.items():
+            getattr(self, name)[0] = value
+
+    def expand_batch(self, batch: int) -> None:
+        """The one sequence's pages, `batch` times."""
+        share = self.share.repeat_interleave(batch, 1)
+        old = [self.read(layer) for layer in range(len(share))]
+        self.lay_out(share.cpu())
+        for layer, slots in enumerate(old):
+            self.replace(layer, {name: t.repeat_interleave(batch, 0) for name, t in slots.items()})
+
+    def used(self, layer: int) -> int:
+        """Bytes of a layer's rows that hold something, all that is kept beside them included."""
+        per_row = sum(max(size, 1) * dtype.itemsize for size, dtype in self.fields.values())
+        return per_row * sum(int((self.head("pos", layer, head) >= 0).sum()) for head in range(len(self.count[layer])))
