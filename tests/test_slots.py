@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from zoo.attention.slots import BACKENDS, Slots, attention, finish, merge, sdpa, slot_attention, slot_parts
+from zoo.attention.slots import (
+    BACKENDS,
+    PAGE,
+    PagedSlots,
+    Parts,
+    Slots,
+    attention,
+    finish,
+    flash_pages,
+    flash_slots,
+    merge,
+    paged_mass,
+    paged_parts,
+    sdpa,
+    slot_attention,
+    slot_mass,
+    slot_parts,
+)
 from zoo.errors import ZooError
 
 FEW = settings(max_examples=40, deadline=None, derandomize=True)
@@ -34,14 +52,21 @@ def make(
 
 def literal(q: Tensor, q_pos: Tensor, s: Slots) -> Tensor:
     """The formula as a sum over slots, in Python loops and float64."""
+    return literal_sums(q, q_pos, s)[0]
+
+
+def literal_sums(q: Tensor, q_pos: Tensor, s: Slots, queries: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The same; also the logarithm of the denominator (B, H, T), and the probability that each slot got (B, G, S), a query counting as
+    much as `queries` (B, T) says."""
     B, H, T, D = q.shape
     G, S = s.k.shape[1:3]
-    out = torch.zeros(B, H, T, D, dtype=torch.float64)
+    out, mass = torch.zeros(B, H, T, D, dtype=torch.float64), torch.zeros(B, G, S, dtype=torch.float64)
+    total = torch.full((B, H, T), -math.inf, dtype=torch.float64)
     for b in range(B):
         for h in range(H):
             g = h * G // H
             for t in range(T):
-                num, den = torch.zeros(D, dtype=torch.float64), 0.0
+                num, den, shares = torch.zeros(D, dtype=torch.float64), 0.0, [0.0] * S
                 for j in range(S):
                     p, now = int(s.pos[b, min(g, s.pos.shape[1] - 1), j]), int(q_pos[b, t])
                     if p < 0 or p > now or (s.window is not None and p <= now - s.window):
@@ -50,10 +75,12 @@ def literal(q: Tensor, q_pos: Tensor, s: Slots) -> Tensor:
                     a = 0.0 if s.a is None else float(s.a[b, g, j])
                     c = a if s.b is None else float(s.b[b, g, j])
                     num += math.exp(score + a) * s.v[b, g, j]
-                    den += math.exp(score + c)
+                    shares[j] = math.exp(score + c)
+                    den += shares[j]
                 if den > 0:
-                    out[b, h, t] = num / den
-    return out
+                    out[b, h, t], total[b, h, t] = num / den, math.log(den)
+                    mass[b, g] += torch.tensor(shares, dtype=torch.float64) / den * (1 if queries is None else float(queries[b, t]))
+    return out, total, mass
 
 
 @pytest.mark.parametrize("weights", ["", "a", "b", "ab"])
@@ -158,3 +185,224 @@ def test_sdpa_refuses_separate_weights() -> None:
     with pytest.raises(ZooError, match="eager"):
         sdpa(q, q_pos, s)
     assert torch.equal(attention(q, q_pos, s), slot_attention(q, q_pos, s))
+
+
+# Pages
+
+
+def paged(seed: int, counts: list[int], T: int, R: int = 2, D: int = 16, older: bool = False) -> tuple[Tensor, Tensor, PagedSlots, Slots]:
+    """Random q, q_pos and slots of 2 sequences x 2 heads that own counts[b 2 + g] of them, in float64: in pages, and dense.
+
+    The arena also holds the pages of another layer, before and after: visible slots that any query would prefer. Among a head's rows are
+    empty ones, and now and then a whole empty page. older=True: no slot is younger than a query.
+    """
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    odd = lambda n: int(torch.randint(0, n, (), generator=g))  # noqa: E731
+    q, q_pos = rand(2, 2 * R, T, D), torch.arange(50, 50 + T).expand(2, T).clone() + torch.tensor([[0], [7]])
+    S = max(1, *counts)
+    dense = Slots(
+        rand(2, 2, S, D),
+        rand(2, 2, S, D),
+        torch.randint(0, 50 if older else 60, (2, 2, S), generator=g),
+        rand(2, 2, S).float(),
+        window=None,
+    )
+    share = [-(-n // PAGE) + (odd(3) == 0) for n in counts]
+    before, after = 1 + odd(3), 1 + odd(3)
+    P = 1 + before + sum(share) + after
+    k, v = torch.ones(P, PAGE, D, dtype=torch.float64), torch.full((P, PAGE, D), 9.0, dtype=torch.float64)
+    pos, a = torch.full((P, PAGE), 45), torch.full((P, PAGE), 5.0)  # the other layer's
+    pos[0], a[0] = -1, -math.inf
+    first, spans, pages, owner, table = 1 + before, [], [0], [0], []
+    for head, (n, own) in enumerate(zip(counts, share, strict=True)):
+        b, h = divmod(head, 2)
+        spans.append((first, own))
+        pos[first : first + own], a[first : first + own] = -1, -math.inf
+        where = torch.randperm(own * PAGE, generator=g)[:n]  # anywhere in the head's pages
+        for flat, mine in ((k, dense.k), (v, dense.v), (pos, dense.pos), (a, dense.a)):
+            assert mine is not None
+            flat[first : first + own].flatten(0, 1)[where] = mine[b, h, :n]
+        dense.pos[b, h, n:] = -1
+        table.append(list(range(len(pages), len(pages) + own)))
+        pages += range(first, first + own)
+        owner += [head] * own
+        first += own
+    for unused in range(odd(3)):  # lists are padded, at the end too
+        pages.append(0)
+        owner.append(unused)
+    J = max(len(row) for row in table) + odd(2)
+    table = [row + [0] * (J - len(row)) for row in table]
+    lists = (
+        torch.tensor(x, dtype=torch.int32).view(-1, J) if x is table else torch.tensor(x, dtype=torch.int32) for x in (pages, owner, table)
+    )
+    return q, q_pos, PagedSlots(k, v, pos.int(), a, *lists, spans), dense
+
+
+def as_type(s: PagedSlots, dtype: torch.dtype) -> PagedSlots:
+    return replace(s, k=s.k.to(dtype), v=s.v.to(dtype))
+
+
+def log_sum(parts: Parts) -> Tensor:
+    """The logarithm of a denominator, (B, H, T)."""
+    return (parts.max_den + parts.den.log()).flatten(1, 2)
+
+
+ragged = st.lists(st.one_of(st.just(0), st.integers(0, 70)), min_size=4, max_size=4)
+
+
+@FEW
+@given(st.integers(0, 10**6), ragged, st.integers(1, 5), st.sampled_from([None, 1, 5, 30]), st.booleans(), st.integers(0, 9))
+def test_pages_are_the_literal_sum(seed: int, counts: list[int], T: int, window: int | None, pad: bool, more: int) -> None:
+    """Heads of different lengths, empty heads and pages, slots of the future, windows, padded queries: output, denominator and mass, alone
+    and merged with a dense part."""
+    q, q_pos, pages, dense = paged(seed, counts, T)
+    pages, dense = replace(pages, window=window), replace(dense, window=window)
+    if pad:
+        q_pos[1, T // 2 :] = -1
+    parts = paged_parts(q, q_pos, pages)
+    out, total, _ = literal_sums(q, q_pos, dense)
+    assert (finish(parts, torch.float64) - out).abs().max() < 1e-6
+    assert torch.allclose(log_sum(parts), total, atol=1e-6)  # -inf where nothing is seen
+
+    _, _, tail = make(seed + 1, more, B=2, G=2, weights="", T=T)
+    tail = replace(tail, pos=torch.where(tail.pos >= 0, tail.pos + 15, -1), window=window)
+    whole = merge(slot_parts(q, q_pos, tail), parts)
+    counted = torch.rand(2, T, generator=torch.Generator().manual_seed(seed)).double()
+    both = Slots(*(torch.cat((x, y), 2) for x, y in ((dense.k, tail.k), (dense.v, tail.v), (dense.pos, tail.pos))), window=window)
+    both = replace(both, a=torch.cat((dense.a, torch.zeros(2, 2, more)), 2))  # type: ignore[arg-type]
+    for queries in (None, counted):
+        out, total, mass = literal_sums(q, q_pos, both, queries)
+        assert (finish(whole, torch.float64) - out).abs().max() < 1e-6
+        assert torch.allclose(log_sum(whole), total, atol=1e-6)
+        assert torch.allclose(slot_mass(q, q_pos, tail, whole, queries), mass[:, :, dense.k.shape[2] :], atol=1e-6)
+        got = paged_mass(q, q_pos, pages, whole, queries)
+        assert got.shape == (len(pages.pages), PAGE)
+        assert (got[pages.pos[pages.pages.long()] < 0] == 0).all()
+        for head in range(4):
+            b, g = divmod(head, 2)
+            mine = got[pages.table[head].long()].flatten()
+            where = pages.pos[pages.pages[pages.table[head].long()].long()].flatten() >= 0
+            assert torch.allclose(mine[where].sort().values, mass[b, g, : counts[head]].sort().values, atol=1e-6)
+            assert torch.allclose(mine.sum(), mass[b, g, : dense.k.shape[2]].sum(), atol=1e-6)
+
+
+def wrong_owner(s: PagedSlots) -> PagedSlots:
+    return replace(s, owner=(s.owner + 1) % 4)
+
+
+def wrong_table(s: PagedSlots) -> PagedSlots:
+    return replace(s, table=s.table.roll(1, 0), spans=[*s.spans[1:], s.spans[0]])
+
+
+def no_weight(s: PagedSlots) -> PagedSlots:
+    return replace(s, a=torch.where(s.pos >= 0, 0, s.a))
+
+
+def no_page_table(s: PagedSlots) -> PagedSlots:
+    """Places in the list taken for pages."""
+    return replace(s, pages=torch.arange(len(s.pages), dtype=torch.int32), spans=[(max(first - 1, 0), n) for first, n in s.spans])
+
+
+def wider(s: PagedSlots) -> PagedSlots:
+    assert s.window is not None
+    return replace(s, window=s.window + 1)
+
+
+@pytest.mark.parametrize("mutant", [wrong_owner, wrong_table, no_weight, no_page_table, wider])
+def test_wrong_pages_are_noticed(mutant: Callable[[PagedSlots], PagedSlots]) -> None:
+    """Each mistake that the tests of pages are there to find moves an output by far more than they allow."""
+    for T in (1, 4):
+        q, q_pos, pages, dense = paged(3, [40, 0, 70, 33], T, older=True)
+        pages, dense = replace(pages, window=20), replace(dense, window=20)
+        expected = literal(q, q_pos, dense)
+        forms = [paged_parts] if mutant is wrong_owner else [paged_parts, flash_pages]
+        for form in forms:
+            assert (finish(form(q, q_pos, pages), torch.float64) - expected).abs().max() < 1e-5
+            assert (finish(form(q, q_pos, mutant(pages)), torch.float64) - expected).abs().max() > 1e-2
+
+
+def low_precision(q: Tensor, q_pos: Tensor, s: Slots) -> Tensor:
+    """The formula as written with tensors of q's dtype: products rounded to it, softmax in float32, probabilities rounded to it."""
+    R = q.shape[1] // s.k.shape[1]
+    k, v = s.k.repeat_interleave(R, 1), s.v.repeat_interleave(R, 1)
+    seen = (s.pos[:, :, None] >= 0) & (s.pos[:, :, None] <= q_pos[:, None, :, None])
+    seen &= s.pos[:, :, None] > (q_pos[:, None, :, None] - (s.window or 10**9))
+    score = (q @ k.mT).float() * q.shape[-1] ** -0.5
+    if s.a is not None:
+        score = score + s.a.repeat_interleave(R, 1)[:, :, None]
+    prob = score.masked_fill(~seen.repeat_interleave(R, 1), -torch.inf).softmax(-1).nan_to_num(0)
+    return prob.to(q.dtype) @ v
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@settings(FEW, max_examples=25)
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([1, 5, 77, 600, 1100]),
+    st.integers(1, 5),
+    st.sampled_from([None, 5, 30]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_fused_slots_match_float64(dtype: torch.dtype, seed: int, S: int, T: int, window: int | None, weights: bool, late: bool) -> None:
+    """Within 1.5 times the error of the low-precision formula, and so is the log-sum-exp. late=True: what is seen lies behind hundreds of
+    slots that are not, in a later block of the kernel."""
+    q, q_pos, s = make(seed, S, T=T, R=3, D=80 if seed % 2 else 16, weights="a" if weights else "")
+    if late:
+        s.pos[:, :, : S - 3] = -1
+    if seed % 3 == 0:
+        q_pos[0, T // 2 :] = -1
+    s = Slots(s.k.to(dtype), s.v.to(dtype), s.pos[:, :1] if seed % 5 == 0 else s.pos, s.a, None, window)
+    exact = replace(s, k=s.k.double(), v=s.v.double())
+    check_fused(
+        flash_slots(q.to(dtype), q_pos, s),
+        q.to(dtype),
+        q_pos,
+        replace(s, pos=s.pos.expand(2, 2, S)),
+        slot_parts(q.to(dtype).double(), q_pos, exact),
+    )
+
+
+def check_fused(got: Parts, q: Tensor, q_pos: Tensor, low: Slots, exact: Parts) -> None:
+    """`got` is `exact`, up to 1.5 times the error that low precision has anyway, and an ulp of the largest value."""
+    true, largest = finish(exact, torch.float64), float(low.v.abs().max())
+    error = (finish(got, torch.float64) - true).abs()
+    allowed = 1.5 * (low_precision(q, q_pos, low).double() - true).abs().max() + torch.finfo(q.dtype).eps * largest
+    assert error.max() <= allowed
+    nothing = true.abs().amax(-1) == 0
+    assert (finish(got, torch.float64)[nothing] == 0).all()
+    assert torch.allclose(log_sum(got).double(), log_sum(exact), atol=1e-4 if q.dtype == torch.float32 else 2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@settings(FEW, max_examples=25)
+@given(st.integers(0, 10**6), ragged, st.integers(1, 5), st.sampled_from([None, 5, 30]), st.booleans())
+def test_fused_pages_match_float64(dtype: torch.dtype, seed: int, counts: list[int], T: int, window: int | None, pad: bool) -> None:
+    """The same of pages, whatever is in them being older than the queries."""
+    q, q_pos, pages, dense = paged(seed, counts, T, R=1 + seed % 3, D=80 if seed % 2 else 16, older=True)
+    if pad:
+        q_pos[1, T // 2 :] = -1
+    pages, q = replace(as_type(pages, dtype), window=window), q.to(dtype)
+    dense = replace(dense, k=dense.k.to(dtype), v=dense.v.to(dtype), window=window)
+    check_fused(flash_pages(q, q_pos, pages), q, q_pos, dense, paged_parts(q.double(), q_pos, as_type(pages, torch.float64)))
+
+
+def test_a_wrong_fused_form_is_noticed() -> None:
+    """The tolerance of low precision hides neither a missing log-weight nor a window off by one, nor queries in another order."""
+    for dtype in (torch.float32, torch.bfloat16):
+        q, q_pos, s = make(8, 77, T=4, R=3, weights="a")
+        low = Slots(s.k.to(dtype), s.v.to(dtype), s.pos, s.a, None, 9)
+        exact = slot_parts(q.to(dtype).double(), q_pos, replace(low, k=low.k.double(), v=low.v.double()))
+        check_fused(flash_slots(q.to(dtype), q_pos, low), q.to(dtype), q_pos, low, exact)
+        turned = flash_slots(q.to(dtype).view(2, 2, 3, 4, 16).transpose(2, 3).reshape(q.shape), q_pos, low)
+        turned = Parts(*(x.flatten(2, 3).unflatten(2, (4, 3)).transpose(2, 3) for x in turned))
+        for wrong in (
+            flash_slots(q.to(dtype), q_pos, replace(low, a=None)),
+            flash_slots(q.to(dtype), q_pos, replace(low, window=8)),
+            flash_slots(q.to(dtype), q_pos, replace(low, window=10)),
+            flash_slots(q.to(dtype), q_pos + 1, low),
+            turned,
+        ):
+            with pytest.raises(AssertionError):
+                check_fused(wrong, q.to(dtype), q_pos, low, exact)

@@ -22,17 +22,12 @@ from torch import Tensor
 
 from zoo.attention.cache import Caches, open_dimensions
 from zoo.errors import ZooError
+from zoo.folders import cache_folder
 
 log = logging.getLogger("zoo")
 
 WARM, COLD = 350, 2000  # new tokens from which a compiled answer is finished first, with and without Inductor's cache on disk
 MODES = ("auto", "on", "off")
-
-
-def cache_folder() -> Path:
-    """Where zoo keeps files between runs: ZOO_CACHE, else XDG_CACHE_HOME/zoo, else ~/.cache/zoo."""
-    root = os.environ.get("ZOO_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "zoo")
-    return Path(root).expanduser()
 
 
 def missing_tool() -> str | None:

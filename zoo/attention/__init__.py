@@ -15,6 +15,7 @@ from zoo.attention.l2norm import L2Norm
 from zoo.attention.sinks import Sinks
 from zoo.attention.sliding import Sliding
 from zoo.attention.snapkv import SnapKV
+from zoo.attention.subgen import SubGen
 from zoo.attention.tova import Tova
 from zoo.attention.uniform import Uniform
 from zoo.errors import ZooError
@@ -22,6 +23,7 @@ from zoo.errors import ZooError
 ATTENTION: dict[str, type[Attention]] = {
     "full": Full,
     "sliding": Sliding,
+    "subgen": SubGen,
     "sinks": Sinks,
     "uniform": Uniform,
     "h2o": H2O,
@@ -71,4 +73,4 @@ def convert(name: str, key: str, kind: type, value: str) -> object:
         raise ZooError(f"{name}: {key}={value!r} is not {expected[kind.__name__]}") from None
 
 
-__all__ = ["ATTENTION", "Attention", "Budget", "Full", "Sliding", "options", "parse"]
+__all__ = ["ATTENTION", "Attention", "Budget", "Full", "Sliding", "SubGen", "options", "parse"]

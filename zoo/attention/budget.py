@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 
 
 @dataclass(frozen=True)
@@ -28,4 +29,4 @@ class Budget:
         return max(math.ceil(prompt * self.number / 100), self.least) if self.percent else int(self.number)
 
     def __str__(self) -> str:
-        return f"{self.number:g}" + "%" * self.percent + (f"/{self.least}" if self.least else "")
+        return f"{Decimal(str(self.number)).normalize():f}" + "%" * self.percent + (f"/{self.least}" if self.least else "")

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.attention.budget import Budget
@@ -39,7 +40,7 @@ from zoo.attention.slots import (
     slot_mass,
     slot_parts,
 )
-from zoo.attention.store import Pages, SlotStore
+from zoo.attention.store import EMPTY, Pages, SlotStore
 from zoo.errors import ZooError
 
 SINKS = 4  # the first tokens of a sequence, which models attend to whatever they say (StreamingLLM, arXiv 2309.17453)
@@ -70,7 +71,8 @@ class Budgeted(Attention):
         if self.budget.percent:
             self.check(0 < self.budget.number <= 200, "budget", "above 0% and at most 200%")
         else:
-            self.check(self.floor <= self.budget.number <= 2**31, "budget", f"at least {self.floor} slots with when={self.when}")
+            self.check(self.floor <= self.budget.number, "budget", f"at least {self.floor} slots with when={self.when}")
+            self.check(self.budget.number <= 2**31, "budget", f"at most {2**31} slots")
 
     def check(self, good: bool, option: str, bound: str) -> None:
         """Raises ZooError, naming the bound, unless `good`."""
@@ -112,9 +114,9 @@ class Budgeted(Attention):
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
         pages = Pages(layers, batch, heads, config.head_dim, dtype, device, self.fields(config, dtype))
         caches = [self.layer(i, pages, rotary, config, batch, dtype, device) for i in range(layers)]
-        return self.gather(caches, batch, prompt_tokens, device)
+        return self.gather(caches, config, batch, prompt_tokens, device)
 
-    def gather(self, caches: Sequence[BudgetedCache], batch: int, prompt_tokens: int | None, device: Any) -> Caches:
+    def gather(self, caches: Sequence[BudgetedCache], config: Any, batch: int, prompt_tokens: int | None, device: Any) -> Caches:
         return BudgetedCaches(self, caches, batch, prompt_tokens, device)
 
 
@@ -145,7 +147,7 @@ class BudgetedCache(Cache):
     def list_pages(self) -> None:
         """Look up this layer's pages, after they were laid out anew."""
         self.listed, self.owner, self.table = self.pages.lists(self.index, avoid=self.store.rows)
-        if "mass" in self.method.extra:
+        if "mass" in self.pages.fields:
             self.mass = torch.zeros(len(self.listed), PAGE, device=self.listed.device)
 
     # A step
@@ -158,13 +160,14 @@ class BudgetedCache(Cache):
         tail = self.store.read(self.window)
         fused = not torch.compiler.is_compiling() and q.device.type == "cpu" and self.backend != "eager"
         some = torch.compiler.is_compiling() or any(self.pages.count[self.index])  # a compiled step always asks for both
-        if not some and not self.method.observes:
+        observing = self.method.observes > 0 and self.store.mass is not None
+        if not some and not observing:
             return attention(q, pos, tail, self.backend)
         whole: Parts = (flash_slots if fused else slot_parts)(q, pos, tail)
         settled = self.read_settled()
         if some:
             whole = merge(whole, (flash_pages if fused else paged_parts)(q, pos, settled))
-        if self.method.observes:
+        if observing:
             self.observe(q, pos, whole, tail, settled if some else None)
         return finish(whole, q.dtype)
 
@@ -184,20 +187,18 @@ class BudgetedCache(Cache):
                 q, pos, counts = q[:, :, columns], pos[:, columns], counts[:, columns]
                 whole = Parts(*(x[:, :, :, columns] for x in whole))
         assert self.store.mass is not None
-        assert self.mass is not None
         self.store.mass += slot_mass(q, pos, tail, whole, counts).to(torch.float32)
-        if settled is not None:
+        if settled is not None and self.mass is not None:
             self.mass += paged_mass(q, pos, settled, whole, counts).to(torch.float32)
 
-    def reserve(self, tokens: int, exactly: bool) -> int:
-        growing = (self.ring == GROWING).tolist()
-        if not any(growing):
-            return 2**62
-        origin = min(o for o, grows in zip(self.origin.tolist(), growing, strict=True) if grows)
-        rows = max(round_up(tokens - origin + 1), int(torch.where(self.ring == GROWING, 0, self.ring).max()) + 1)
+    def reserve(self, ends: Tensor, most: int | None) -> Tensor:
+        growing = self.ring == GROWING  # what is a ring has all the rows it needs
+        rows, least = 1 + int(torch.where(growing, ends - self.origin, 0).max()), 1 + int(torch.where(growing, 0, self.ring).max())
         if rows > self.store.rows:
-            self.store.resize(rows, capacity=rows + 1 if exactly else 2 * rows)
-        return origin + self.store.rows - 1
+            end = 2**62 if most is None else 1 + most - int(torch.where(growing, self.origin, GROWING).min())
+            rows = max(least, min(round_up(rows), end))
+            self.store.resize(rows, capacity=min(2 * rows, end))
+        return torch.where(growing, self.origin + self.store.rows - 1, 2**62)
 
     # Between steps
 
@@ -230,7 +231,7 @@ class BudgetedCache(Cache):
             "a": torch.zeros(shape, device=s.k.device),
             "pos": torch.where(old, pos, -1)[:, None, rows].expand(shape),
         }
-        if s.mass is not None:
+        if s.mass is not None:  # what a method does not keep beside settled slots serves `fresh` alone
             tail["mass"] = s.mass[:, :, rows]
         tail |= self.fresh(tail, seen)
         both = {name: torch.cat((t, tail[name].to(t.dtype)), 2) for name, t in slots.items()}
@@ -238,19 +239,36 @@ class BudgetedCache(Cache):
             both["pos"] = torch.where(both["pos"] > (seen - self.window)[:, None, None], both["pos"], -1)
         return both
 
+    def renewed(self, seen: Tensor, which: Tensor, room: Tensor) -> dict[str, Tensor]:
+        """The settled slots, those of the sequences that `which` (B,) names compressed together with what leaves their tails. The others'
+        stay as they are, whatever their neighbours do."""
+        old = self.settled()
+        new = self.compress(self.candidates(seen, which), seen, room, which)
+        if bool(which.all()):
+            return new
+        n = max(old["pos"].shape[2], new["pos"].shape[2])
+
+        def padded(name: str, t: Tensor) -> Tensor:
+            return F.pad(t, (0, 0) * (t.dim() - 3) + (0, n - t.shape[2]), value=EMPTY.get(name, 0))
+
+        return {
+            name: torch.where(which.view(-1, *[1] * (t.dim() - 1)), padded(name, new[name].to(t.dtype)), padded(name, t)) for name, t in old.items()
+        }
+
     def prepare(self) -> None:
         """Called before candidates are looked up."""
 
-    def begin_prompt(self) -> None:
-        """A prompt or chat turn comes next."""
+    def begin_prompt(self, seen: Tensor) -> None:
+        """A prompt or chat turn comes next, after seen (B,) tokens."""
 
     def fresh(self, tail: dict[str, Tensor], seen: Tensor) -> dict[str, Tensor]:
         """The method's own fields of tokens that come out of the tail."""
         return {}
 
     @abstractmethod
-    def compress(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor) -> dict[str, Tensor]:
-        """Candidates -> at most room (B, G) settled slots, those that hold something first."""
+    def compress(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, which: Tensor) -> dict[str, Tensor]:
+        """Candidates -> at most room (B, G) settled slots, those that hold something first. Sequences that `which` (B,) does not name have
+        no candidates but what they own, and keep it."""
 
     def drop(self, seen: Tensor, which: Tensor) -> None:
         """Empty the tail's rows of what was handed to `compress`."""
@@ -312,16 +330,16 @@ class BudgetedCaches(Caches):
         before = self.held.clone()
         self.held.copy_(self.budget_of([n + m for n, m in zip(self.tokens_seen.tolist(), lengths, strict=True)]))
         if self.method.when == "stream":
-            grown = self.bounded & (before != self.held)
-            if bool(grown.any()):
-                self.compress(grown)
+            other = torch.where(self.bounded, before != self.held, self.tokens_seen >= self.held)
+            if bool(other.any()):
+                self.compress(other)
         elif bool(self.bounded.any()):  # the next turn is held exactly until it ends, behind what the ring has
             for cache in self:
                 first = torch.where(cache.store.pos[:, 0] >= 0, cache.store.pos[:, 0].long(), GROWING).amin(1)
                 cache.lay_tail(self.bounded, torch.minimum(first, self.tokens_seen), torch.full_like(first, GROWING))
             self.bounded.zero_()
         for cache in self:
-            cache.begin_prompt()
+            cache.begin_prompt(self.tokens_seen)
         super().begin_prompt(lengths)
 
     def end_prompt(self) -> None:
@@ -357,8 +375,7 @@ class BudgetedCaches(Caches):
         seen = self.tokens_seen
         pos = cache.store.pos[:, 0]
         if bool(((pos >= 0) & (pos < (seen - cache.recent)[:, None]) & due[:, None]).any()):
-            room = cache.pages.share[cache.index] * PAGE
-            cache.put(cache.compress(cache.candidates(seen, due), seen, room))
+            cache.put(cache.renewed(seen, due, cache.pages.share[cache.index] * PAGE))
             cache.drop(seen, due)
 
     def compress(self, which: Tensor) -> None:
@@ -374,7 +391,7 @@ class BudgetedCaches(Caches):
         origin = (seen - recent).clamp(min=0) if growing else torch.zeros_like(seen)
         done = []
         for cache in self:
-            done.append(cache.compress(cache.candidates(seen, which), seen, share[cache.index] * PAGE))
+            done.append(cache.renewed(seen, which, share[cache.index] * PAGE))
             cache.drop(seen, which)
             cache.lay_tail(which, origin, ring)
         pages.lay_out(share.cpu())
@@ -389,6 +406,11 @@ class BudgetedCaches(Caches):
         """Pages of each layer, sequence and head (L, B, G), for the sequences that `which` (B,) names: here the same for all heads."""
         pages = torch.tensor([self.method.settled(n) // PAGE for n in self.held.tolist()], device=which.device)
         return pages[None, :, None].expand(self.pages[0].share.shape)
+
+    def make_room(self, ends: Tensor, most: int | None) -> None:
+        if not self.holding:  # no tail outgrows the budget: a sequence is compressed when it gets there
+            ends, most = torch.minimum(ends, self.held), int(self.held.max())
+        super().make_room(ends, most)
 
     def refresh(self) -> None:
         self.pages = [self[0].pages]

@@ -75,8 +75,8 @@ class Cache(nn.Module):
         return self.store.read(self.window)
 
     @abstractmethod
-    def reserve(self, tokens: int, exactly: bool) -> int:
-        """Make room for a sequence of `tokens` tokens, doubling unless `exactly`. -> the tokens that now fit."""
+    def reserve(self, ends: Tensor, most: int | None) -> Tensor:
+        """Make room for sequences that reach `ends` (B,) tokens, doubling, but not for more than `most`. -> (B,): the tokens that now fit."""
 
     def end_prompt(self, seen: Tensor) -> None:
         """The prompt or chat turn is over, at lengths seen (B,)."""
@@ -118,7 +118,7 @@ class Caches(nn.ModuleList):
         super().__init__(caches)
         self.about = ""  # method, model and dtype: what a saved state must share with the cache that loads it
         self.max_tokens: int | None = None  # how long sequences are expected to get
-        self.room = 0  # tokens that fit before a cache must be asked again
+        self.room: Tensor | int = 0  # (B,) tokens that fit before a cache must be asked again
         self.register_buffer("tokens_seen", torch.zeros(batch, dtype=torch.int64, device=device))
 
     if TYPE_CHECKING:  # what a ModuleList of caches yields
@@ -148,8 +148,8 @@ class Caches(nn.ModuleList):
     def begin_prompt(self, lengths: Sequence[int]) -> None:
         """A prompt or chat turn of these lengths comes: room is made at once, and it is held exactly until `end_prompt`."""
         self.prompt_open = True
-        self.room = max(int(n) + m for n, m in zip(self.tokens_seen.tolist(), lengths, strict=True))
-        self.room = min(cache.reserve(self.room, exactly=True) for cache in self)
+        ends = self.tokens_seen + torch.tensor(lengths, device=self.tokens_seen.device)
+        self.make_room(ends, int(ends.max()))
 
     def end_prompt(self) -> None:
         """After each prompt or chat turn: compresses what arrived since."""
@@ -179,9 +179,13 @@ class Caches(nn.ModuleList):
 
     def reserve(self, pos: Tensor) -> None:
         """Make room for the tokens at pos (B, T)."""
-        tokens = int(pos.max()) + 1
-        if tokens > self.room:
-            self.room = min(cache.reserve(tokens, exactly=False) for cache in self)
+        ends = pos.amax(1) + 1
+        if bool((ends > self.room).any()):
+            self.make_room(ends, None)
+
+    def make_room(self, ends: Tensor, most: int | None) -> None:
+        """For sequences that reach `ends` (B,) tokens, and not for more than `most`."""
+        self.room = torch.stack([cache.reserve(ends, most) for cache in self]).amin(0)
 
     def advance(self, pos: Tensor) -> None:
         """The tokens at pos (B, T) have been attended: count them, and absorb at a block's end."""
@@ -242,19 +246,22 @@ class Caches(nn.ModuleList):
         except (OSError, SafetensorError) as e:
             raise ZooError(f"cannot read a cache from {path}: {e}") from e
         mine, grows = dict(self.named_buffers()), {name: dim for name, _, dim in open_dimensions(self)}
+        optional = {f"{prefix}.{name}" for prefix, part in self.named_modules() for name in getattr(part, "OPTIONAL", ())}
 
         def shape(name: str, t: Tensor) -> list[int]:
             return [n for dim, n in enumerate(t.shape) if dim != grows.get(name)]
 
-        fits = set(mine) == set(tensors) and all(
-            t.dtype == mine[n].dtype and t.dim() == mine[n].dim() and shape(n, t) == shape(n, mine[n]) for n, t in tensors.items()
+        fits = set(mine) ^ set(tensors) <= optional and all(
+            t.dtype == mine[n].dtype and t.dim() == mine[n].dim() and shape(n, t) == shape(n, mine[n])
+            for n, t in tensors.items()
+            if n in mine
         )
         if meta.get("kind") != self.kind() or not fits:
             held = meta.get("kind", "unknown")
             raise ZooError(f"{path} holds another cache ({held}); this one is {self.kind()}: same model, method and batch are needed")
-        for name, t in tensors.items():
+        for name in {*mine, *tensors}:
             module, _, leaf = name.rpartition(".")
-            setattr(self.get_submodule(module), leaf, t)
+            setattr(self.get_submodule(module), leaf, tensors.get(name))
         self.prompt_open = meta["prompt_open"] == "True"
         self.refresh()
 

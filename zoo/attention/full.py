@@ -29,11 +29,12 @@ class FullCache(Cache):
         """Rows that this many tokens take."""
         return round_up(tokens + 1)
 
-    def reserve(self, tokens: int, exactly: bool) -> int:
+    def reserve(self, ends: Tensor, most: int | None) -> Tensor:
+        tokens = int(ends.max())
         if tokens >= self.store.rows:
-            double = tokens if exactly else max(tokens, 2 * self.store.rows)
+            double = max(tokens, 2 * self.store.rows) if most is None else most
             self.store.resize(self.rows(tokens), capacity=self.rows(max(double, self.hint)) + 1)
-        return self.store.rows - 1
+        return torch.full_like(ends, self.store.rows - 1)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ class SelectingCache(BudgetedCache):
     method: Selecting
     asked: Tensor  # (B, 1 + W, H, D): the last W queries, rotated, at positions asked_pos (B, 1 + W); row 0 swallows padding
     asked_pos: Tensor
+    OPEN: ClassVar[dict[str, int]] = {**BudgetedCache.OPEN, "asked": 1, "asked_pos": 1}
 
     def __init__(self, method: Selecting, index: int, pages: Pages, rotary: Any, config: Any, batch: int, dtype: Any, device: Any) -> None:
         super().__init__(method, index, pages, rotary, config, batch, dtype, device)
@@ -71,7 +72,7 @@ class SelectingCache(BudgetedCache):
         self.pages.mass.zero_()
         self.mass = paged_mass(q, pos, settled, whole).to(torch.float32)
 
-    def compress(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor) -> dict[str, Tensor]:
+    def compress(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, which: Tensor) -> dict[str, Tensor]:
         pos = slots["pos"]
         score = self.method.score(self, slots, seen).to(torch.float32)
         score = torch.where(pos < self.method.sinks, torch.inf, score).masked_fill(pos < 0, -torch.inf)
@@ -81,7 +82,7 @@ class SelectingCache(BudgetedCache):
         kept["pos"] = torch.where(rank < room[..., None], kept["pos"], -1)
         return kept
 
-    def begin_prompt(self) -> None:
+    def begin_prompt(self, seen: Tensor) -> None:
         if self.method.queries and not self.asked.shape[1]:
             self.keep_queries(True)
 

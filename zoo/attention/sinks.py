@@ -63,8 +63,8 @@ class CountedCache(SelectingCache):
             self.first = spare.scatter(2, index, x)[:, :, :SINKS].contiguous()
         return {}
 
-    def compress(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor) -> dict[str, Tensor]:
-        kept = super().compress(slots, seen, room)
+    def compress(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, which: Tensor) -> dict[str, Tensor]:
+        kept = super().compress(slots, seen, room, which)
         pos = kept["pos"].long()
         oldest = torch.where(pos >= SINKS, pos, seen[:, None, None]).amin((1, 2))
         turned = self.rotary[0].rotate(self.first, torch.arange(SINKS, device=pos.device) + (oldest - SINKS).clamp(min=0)[:, None])

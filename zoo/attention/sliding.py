@@ -32,9 +32,9 @@ class SlidingCache(FullCache):
     def rows(self, tokens: int) -> int:
         return min(super().rows(tokens), self.window + 1)
 
-    def reserve(self, tokens: int, exactly: bool) -> int:
-        room = super().reserve(min(tokens, self.window), exactly)
-        return 2**62 if room >= self.window else room
+    def reserve(self, ends: Tensor, most: int | None) -> Tensor:
+        room = super().reserve(ends.clamp(max=self.window), most)
+        return torch.where(room >= self.window, 2**62, room)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
         if k.shape[2] == 1:  # the row it takes over is just leaving the window

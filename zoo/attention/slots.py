@@ -250,7 +250,9 @@ def flash_pages(q: Tensor, q_pos: Tensor, slots: PagedSlots) -> Parts:
         else:
             none = torch.full((1, 1, q.shape[3] // T, T), -torch.inf, dtype=wide, device=q.device)
             parts.append(Parts(none.new_zeros(*none.shape, D), none, torch.zeros_like(none), none))
-    return Parts(*(torch.cat(x).unflatten(0, (B, -1)).squeeze(2) for x in zip(*parts, strict=True)))
+    num, top, _, _ = (torch.cat(x).unflatten(0, (B, -1)).squeeze(2) for x in zip(*parts, strict=True))
+    top = top.masked_fill((q_pos < 0)[:, None, None], -torch.inf)
+    return Parts(num, top, (top > -torch.inf).to(top.dtype), top)
 
 
 BACKENDS: dict[str, Any] = {"eager": slot_attention, "sdpa": sdpa}

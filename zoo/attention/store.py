@@ -42,6 +42,7 @@ class SlotStore(nn.Module):
     a: Tensor | None
     mass: Tensor | None
     OPEN: ClassVar[Mapping[str, int]] = {"k": 2, "v": 2, "pos": 2, "a": 2, "mass": 2}  # the dimension of each buffer that may grow
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset(["mass"])  # buffers that come and go with a method's needs
 
     def __init__(
         self, batch: int, heads: int, rows: int, head_dim: int, dtype: torch.dtype, device: Any, shared: bool, mass: bool = False

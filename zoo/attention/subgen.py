@@ -1,98 +1,394 @@
-"""`subgen`: old tokens live on as clusters of similar keys (SubGen, arXiv 2402.06082).
+"""`subgen`: old tokens live on as clusters of similar keys (after SubGen, arXiv 2402.06082; what differs and why: docs/methods/subgen.md).
 
-    a cluster C of n tokens is one slot:  k = mean of k_i,  v = mean of v_i,  a = b = log n
-    out(q) = softmax over [sinks; clusters; recent tokens] of (s q.k + a), times v
-The paper clusters keys online because similar keys get similar scores. After the rotary embedding keys of one meaning lie apart, so
-that clusters grow in step with the tokens; keys rotated *back* by their position do cluster. So distances are between un-rotated keys,
-while the slot shows the mean of the rotated ones: to first order, the score it gets is the mean score of its tokens.
+    a cluster C of n tokens is one slot:  k = sum u_i k_i / sum u_i,  v = sum u_i v_i / sum u_i,  a = b = log n
+    u_i = expected attention to token i, times |v_i|, over its mean, + 0.01         out(q) = softmax over all slots of (s q.k + a), times v
+The paper clusters keys online, because similar keys get similar scores. After the rotary embedding keys of one meaning lie apart and clusters
+grow in step with the tokens; rotated *back* by their position they do cluster. So distances are between un-rotated keys, and a slot shows
+the mean of the rotated ones.
 
-slots: the first 4 tokens, exact; the last `recent` tokens, exact; everything between in clusters, nothing dropped.
-rule: at the end of a prompt, greedy k-center (farthest point first) on what is older than the recent window, old clusters included as
-    weighted points; afterwards, each block of 64 tokens that leaves the window opens clusters while there is room, then joins the nearest.
-exact when: budget >= 2 x tokens (one token a cluster; what is left pays for the features, below).
-cost: a decode step reads at most `budget` slots, whatever the length. Each cluster also keeps its mean un-rotated key, charged as half
-    a slot. The prompt is attended exactly and held until its end: the peak is that of `full`. k-center is O(clusters x tokens x D).
-A cluster carries the position of its newest token, and leaves a model's sliding window with it.
+slots, in each layer and head:  the first 4 tokens and the recent ones (an eighth of the budget), exact
+                                the tokens that got most attention (0.29 of what is left), exact
+                                everything else in clusters, nothing dropped: outliers have a cluster of their own (`coverage`)
+Heads own different numbers of slots: one global delta asks how many centres each needs, so that no un-rotated key is farther than that from
+one (heads=prompt; table: the same from another text, `python -m zoo.calibrate subgen`; uniform: all alike).
+At a prompt's end all of this is found at once. Afterwards (and inside the prompt with when=stream) tokens that leave the recent ones come
+in as clusters of one, and the cheapest pairs by Ward's criterion merge until the budget is kept.
+delta=D, in the unit of keys, instead of a budget: as many clusters as it takes to have no un-rotated key farther than D from its centre.
+Their number then grows as the text asks, sublinearly where keys cluster: the paper's promise.
+
+scores=attention: which tokens are heavy is measured, from every 8th query. scores=expected: estimated from the queries' mean and covariance,
+as u is; no attention mass at all.
+exact when: budget >= tokens. cost: `budget` slots read a step. Beside a slot: its count, position, mean position, weight and rate, and, unless
+when=prompt, the mass it got and 16 principal coordinates of its un-rotated key, charged to the budget.
+Query statistics (H D^2 numbers a layer) are kept while a prompt is read, and with scores=expected. A cluster carries the position of its
+newest token, and leaves a model's sliding window with it; it is not decremented before.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from zoo.attention.budget import Budget
-from zoo.attention.cache import BLOCK, Attention, Cache, Caches, SlotStore, round_up
-from zoo.attention.slots import Slots
-from zoo.errors import ZooError
-from zoo.random import uniform
+from zoo import random
+from zoo.attention.budgeted import SINKS, Budgeted, BudgetedCache, BudgetedCaches, names
+from zoo.attention.cache import Caches
+from zoo.attention.clustering import coverage, distance, gathered, latest, principal, radii, row, ward
+from zoo.attention.slots import PAGE, Slots
+from zoo.attention.store import Pages
+from zoo.attention.tables import load_shares
 
-SINKS = 4
-LEAST = 256  # slots; fewer leave no room for clusters beside sinks, recent window and pending ring
-TIE = 1e-4  # of a key's squared norm: distances this close are equal and the first wins, so that rounding does not decide
-SHARE = Budget(25, percent=True)
-ROOM = 2**62  # "any number of tokens fits"
-
-
-def layout(budget: int) -> tuple[int, int]:
-    """Slots -> (recent tokens, clusters). A cluster costs 1.5 slots: key, value, feature. Row 0, sinks and pending ring are paid first."""
-    recent = round_up(budget // 8)
-    return recent, (budget - 1 - SINKS - BLOCK - recent) * 2 // 3
+FEATURES = 16  # principal coordinates of an un-rotated key that are kept beside a cluster
+HEAVY = 0.25 * 1.15  # of a head's slots: tokens of most attention
+AHEAD = range(0, 512, 32)  # how far ahead of the newest token the expected attention looks
+MEMORY = 512  # queries over which the attention that a slot gets is averaged
+LOW, HIGH = 0.3, 2.5  # what a head may own, of the average
+SCORES, HEADS = ("attention", "expected"), ("prompt", "table", "uniform")
 
 
-def k_center(x: Tensor, alive: Tensor, most: Tensor) -> Tensor:
-    """Greedy k-center: open a centre at the point farthest from all centres so far, until there are `most`; each point joins the nearest.
+@dataclass(frozen=True)
+class SubGen(Budgeted):
+    """Clusters of un-rotated keys between first, heavy and recent tokens. scores: attention or expected. heads: prompt, table or uniform.
+    delta: clusters as many as it takes, in place of a budget; 0 = by budget."""
 
-    x (B, G, P, D) float, alive (B, G, P) bool, most (B,) -> labels (B, G, P) int64 from 0, -1 where not alive. With no more points
-    than centres each point is its own cluster, duplicates too.
-    """
-    B, G, P, D = x.shape
-    if not bool(alive.any()):
-        return torch.full((B, G, P), -1, dtype=torch.int64, device=x.device)
-    dist = torch.where(alive, torch.inf, -torch.inf)  # to the nearest centre so far, squared; -1 for a centre
-    square = x.square().sum(-1)
-    tie = TIE * (square * alive).amax(-1, keepdim=True)
-    picks, opened = [], []
-    for _ in range(min(int(most.max()), int(alive.sum(-1).max()))):
-        top = dist.amax(-1, keepdim=True)
-        far = (dist >= top - tie).to(torch.uint8).argmax(-1, keepdim=True)  # (B, G, 1)
-        picks.append(far)
-        opened.append(top >= 0)  # false where every point is a centre already
-        centre = x.gather(2, far[..., None].expand(B, G, 1, D))
-        d = square.gather(2, far) + torch.baddbmm(square.view(B * G, P, 1), x.view(B * G, P, D), centre.view(B * G, D, 1), alpha=-2).view(
-            B, G, P
-        )
-        dist = torch.minimum(dist, d.clamp_(min=0)).scatter_(2, far, -1.0)
-    far, valid = torch.cat(picks, 2), torch.cat(opened, 2) & (torch.arange(len(picks), device=x.device) < most[:, None, None])
-    centres = x.gather(2, far[..., None].expand(B, G, -1, D))
-    label = torch.cat([nearest(some, centres, valid) for some in x.split(1024, 2)], 2)  # a bounded piece of the distances at a time
-    own = torch.arange(far.shape[2], device=x.device).expand_as(far)
-    label = torch.cat((label, label[:, :, :1]), 2)  # one more place takes what does not count
-    label.scatter_(2, torch.where(valid, far, P), own)
-    return torch.where(alive, label[:, :, :P], -1)
+    scores: str = "attention"
+    heads: str = "prompt"
+    delta: float = 0.0
+    seed: int = 0
+
+    observes: ClassVar[int] = 8
+    extra: ClassVar[dict[str, torch.dtype]] = dict.fromkeys(("weight", "middle", "rate"), torch.float32)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(self.scores in SCORES, "scores", names(SCORES))
+        self.check(self.heads in HEADS, "heads", names(HEADS))
+        self.check(0 <= self.delta < 1e6, "delta", "0, or a distance between keys below 1000000")
+
+    @property
+    def bounded(self) -> bool:
+        return self.when != "prompt"
+
+    @property
+    def measures(self) -> bool:
+        """Whether attention mass is added up at all."""
+        return self.scores == "attention"
+
+    def features(self, head_dim: int) -> int:
+        return min(FEATURES, head_dim) if not self.delta else head_dim
+
+    def slots(self, tokens: int) -> int:
+        return 512 if self.delta else super().slots(tokens)  # by delta, this only says how many tokens come before clustering begins
+
+    def recent(self, budget: int) -> int:
+        return budget // 8
+
+    def fields(self, config: Any, dtype: torch.dtype) -> dict[str, tuple[int, torch.dtype]]:
+        fields = super().fields(config, dtype)
+        if self.bounded:
+            fields["x"] = (self.features(config.head_dim), dtype)
+            if self.measures:
+                fields["mass"] = (0, torch.float32)
+        return fields
+
+    def layer(self, index: int, pages: Pages, rotary: Any, config: Any, batch: int, dtype: torch.dtype, device: Any) -> BudgetedCache:
+        return SubGenCache(self, index, pages, rotary, config, batch, dtype, device)
+
+    def gather(self, caches: Sequence[BudgetedCache], config: Any, batch: int, prompt_tokens: int | None, device: Any) -> Caches:
+        table = load_shares("subgen", config) if self.heads == "table" else None
+        return SubGenCaches(self, caches, batch, prompt_tokens, device, table)
 
 
-def nearest(x: Tensor, centres: Tensor, alive: Tensor) -> Tensor:
-    """For points x (B, G, N, D), the nearest of centres (B, G, M, D) that is alive (B, G, M): labels (B, G, N)."""
-    d = centres.square().sum(-1)[:, :, None] - 2 * x @ centres.mT
-    d = d.masked_fill(~alive[:, :, None], torch.inf)
-    tie = TIE * x.square().sum(-1, keepdim=True)
-    return (d <= d.amin(-1, keepdim=True) + tie).to(torch.uint8).argmax(-1)
+class SubGenCache(BudgetedCache):
+    method: SubGen
+    basis: Tensor  # (B, G, D, F): the principal directions of un-rotated keys; nothing with when=prompt
+    q_sum: Tensor  # (B, 1, H, D) and q_square (B, 1, H, D, D): sums over every 8th query, un-rotated, and over its outer products; float32
+    q_square: Tensor
+    q_count: Tensor  # (B,)
+    counted: Tensor  # (B, 2): the positions from which tail tokens' and settled slots' attention has been counted
+    OPEN: ClassVar[dict[str, int]] = {**BudgetedCache.OPEN, "q_sum": 1, "q_square": 1}
+
+    def __init__(self, method: SubGen, index: int, pages: Pages, rotary: Any, config: Any, batch: int, dtype: Any, device: Any) -> None:
+        super().__init__(method, index, pages, rotary, config, batch, dtype, device)
+        G, H, D = config.num_key_value_heads, config.num_attention_heads, config.head_dim
+        F = method.features(D) if method.bounded and not method.delta else 0
+        self.register_buffer("basis", torch.zeros(batch, G, D, F, dtype=dtype, device=device))
+        self.register_buffer("q_sum", torch.zeros(batch, 1, H, D, device=device))
+        self.register_buffer("q_square", torch.zeros(batch, 1, H, D, D, device=device))
+        self.register_buffer("q_count", torch.zeros(batch, device=device))
+        self.register_buffer("counted", torch.zeros(batch, 2, dtype=torch.int64, device=device))
+        self.measure(method.measures)
+
+    # What is watched while tokens come in
+
+    def measure(self, on: bool) -> None:
+        """Begin to add up the attention that tail tokens get, or stop and free it."""
+        k = self.store.k
+        if on != (self.store.mass is not None):
+            self.store.mass = torch.zeros(k.shape[:3], device=k.device) if on else None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
+        if self.prompt_open and not torch.compiler.is_compiling() and self.q_sum.shape[1]:
+            self.learn(q, pos)
+        return super().attend(q, k, v, pos)
+
+    def learn(self, q: Tensor, pos: Tensor) -> None:
+        """Add every 8th of the queries q (B, H, T, D) at pos (B, T) to the statistics."""
+        counts = (pos >= 0) & (pos % self.method.observes == 0)
+        columns = counts.any(0).nonzero()[:, 0]
+        if len(columns):
+            counts = counts[:, columns]
+            x = self.rotary[0].unrotate(q[:, :, columns].float(), pos[:, columns].clamp(min=0)) * counts[:, None, :, None]
+            self.q_sum += x.sum(2)[:, None]
+            self.q_square += (x.mT @ x)[:, None]
+            self.q_count += counts.sum(1)
+
+    def forget_queries(self, forget: bool) -> None:
+        if forget == (self.q_sum.shape[1] > 0):
+            for name in ("q_sum", "q_square"):
+                old = getattr(self, name)
+                setattr(self, name, old.new_zeros(old.shape[0], 0 if forget else 1, *old.shape[2:]))
+            self.q_count.zero_()
+
+    def begin_prompt(self, seen: Tensor) -> None:
+        if self.method.when != "stream":
+            self.forget_queries(False)
+        if self.method.measures and self.store.mass is None:
+            self.measure(True)
+            self.counted[:, 0] = seen
+
+    def compressed(self) -> None:
+        """Everything that could be turned into slots has been: free what only that needed."""
+        self.forget_queries(self.method.measures or not self.method.bounded)
+        if not self.method.bounded:
+            self.measure(False)
+
+    def observed(self, start: Tensor, seen: Tensor) -> Tensor:
+        """How many of the queries that are counted stand at positions start .. seen - 1."""
+        n = self.method.observes
+        return (seen + n - 1) // n - (start + n - 1) // n
+
+    # Tokens as points
+
+    def unrotated(self, slots: dict[str, Tensor], pos: Tensor) -> Tensor:
+        """Keys without their positions, (B, G, N, D) float32; pos (B, G, N), a cluster's mean position."""
+        k = slots["k"].float()
+        B, G, N, D = k.shape
+        flat = self.rotary[0].unrotate(k.view(B * G, 1, N, D), pos.reshape(B * G, N).clamp(min=0))
+        return flat.view(B, G, N, D)
+
+    def prepare(self) -> None:
+        """Find the principal directions, once, from the tokens that are here."""
+        new = ~self.basis.flatten(1).any(1) if self.basis.numel() else torch.zeros(1, dtype=torch.bool)
+        if bool(new.any()):
+            pos = self.store.pos[:, 0].long()
+            x = self.rotary[0].unrotate(self.store.k.float(), pos.clamp(min=0))
+            found = principal(x, (pos >= 0)[:, None].expand(x.shape[:3]), self.basis.shape[3])
+            self.basis.copy_(torch.where(new[:, None, None, None], found.to(self.basis.dtype), self.basis))
+
+    def points(self, slots: dict[str, Tensor], alive: Tensor) -> Tensor:
+        """What distances are taken between, (B, G, N, F) float32."""
+        if "x" in slots:
+            return slots["x"].float()
+        x = self.unrotated(slots, slots["middle"].round().long())
+        return x if self.method.delta else x @ principal(x, alive, self.method.features(x.shape[3]))
+
+    def fresh(self, tail: dict[str, Tensor], seen: Tensor) -> dict[str, Tensor]:
+        pos = tail["pos"].long()
+        out = {"middle": pos.float(), "mass": torch.zeros_like(tail["a"])}
+        if "x" in self.pages.fields:
+            x = self.unrotated(tail, pos)
+            out["x"] = x if self.method.delta else x @ self.basis.float()
+        if self.method.measures and "mass" in tail:
+            queries = self.observed(torch.maximum(pos, self.counted[:, :1, None]), seen[:, None, None])
+            out["rate"] = tail["mass"] / queries.clamp(min=1)
+        else:  # looked up where all slots are at hand
+            out["rate"] = torch.zeros_like(out["middle"])
+        size = tail["v"].float().norm(dim=-1)
+        usual = (size * (pos >= 0)).sum(-1, keepdim=True) / (pos >= 0).sum(-1, keepdim=True).clamp(min=1)
+        out["weight"] = out["rate"] / self.group * seen[:, None, None] * size / usual.clamp(min=1e-20) + 0.01
+        return out
+
+    @property
+    def group(self) -> int:
+        return self.q_sum.shape[2] // self.store.k.shape[1]
+
+    # Expected attention
+
+    def future(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (B, H, D) and covariance (B, H, D, D) of the queries to come: those so far, turned to the positions ahead."""
+        n = self.q_count.clamp(min=1)[:, None, None]
+        mean, second = self.q_sum[:, 0] / n, self.q_square[:, 0] / n[..., None]
+        D = mean.shape[-1]
+        ahead = seen[:, None] + torch.tensor(AHEAD, device=seen.device)
+        eye = torch.eye(D, device=seen.device).expand(len(seen), D, D)[:, :, None].expand(-1, -1, len(AHEAD), -1)
+        turn = self.rotary[0].rotate(eye, ahead).transpose(1, 2)  # (B, P, D, D): x @ turn[p]
+        mean = mean @ turn.mean(1)
+        total = torch.zeros_like(second)
+        for p in range(len(AHEAD)):
+            total += turn[:, None, p].mT @ second @ turn[:, None, p]
+        return mean, total / len(AHEAD) - mean[..., None] * mean[..., None, :]
+
+    def expected(self, k: Tensor, seen: Tensor, count: Tensor | None = None) -> Tensor:
+        """The attention that the queries to come are expected to give to keys k (B, G, N, D), summed over the group's query heads (B, G, N),
+        if they are Gaussian: softmax of s mu.k + s^2/2 k.C k. count (B, G, N): tokens behind each key; 0 = none."""
+        mean, cov = self.future(seen)
+        B, G, _, D = k.shape
+        k = k.float()
+        scale = D**-0.5
+        mean, cov = mean.view(B, G, -1, D), cov.view(B, G, -1, D, D)
+        logit = scale * k @ mean.mT  # (B, G, N, R)
+        for r in range(mean.shape[2]):
+            logit[..., r] += 0.5 * scale**2 * ((k @ cov[:, :, r]) * k).sum(-1)
+        if count is not None:
+            logit = logit + count.log()[..., None]
+        return logit.softmax(2).nan_to_num_().sum(-1)
+
+    # From tokens to slots
+
+    def compress(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, which: Tensor) -> dict[str, Tensor]:
+        pos = slots["pos"].long()
+        alive = (pos >= 0) & which[:, None, None]
+        count = torch.where(alive, slots["a"].exp().round(), 0)
+        rate = self.current_rate(slots, seen)
+        u, attention = self.weights(slots, seen, count, rate)
+        exact = self.exact(pos, count, attention, room)
+        rest = alive & ~exact
+        clusters = torch.minimum(room - exact.sum(-1), rest.sum(-1))
+        heads = torch.arange(pos.shape[1], device=pos.device)[:, None]
+        noise = random.gumbel(self.method.seed, torch.full_like(heads, self.index), heads, pos)
+        label = coverage(self.points(slots, rest), rest, clusters, u.clamp(min=1e-20).log() + noise, clusters // 4)
+        label = torch.where(exact, clusters[..., None] + exact.cumsum(-1) - 1, label)
+        new = self.merged(slots | {"weight": u, "rate": rate}, label, torch.where(exact, 1.0, u), count, int(room.max()))
+        self.counted[:, 1] = torch.where(which, seen, self.counted[:, 1])
+        return self.unless(which, new, slots)
+
+    def current_rate(self, slots: dict[str, Tensor], seen: Tensor) -> Tensor:
+        """Attention a query, as a moving average over MEMORY queries for settled slots."""
+        if "mass" not in slots:
+            return slots["rate"]
+        queries = self.observed(self.counted[:, 1], seen)[:, None, None]
+        share = (queries * self.method.observes / MEMORY).clamp(max=1)
+        return slots["rate"] + torch.where(slots["mass"] > 0, share * (slots["mass"] / queries.clamp(min=1) - slots["rate"]), 0.0)
+
+    def weights(self, slots: dict[str, Tensor], seen: Tensor, count: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
+        """u, and what makes a token heavy: (B, G, N) each, for slots of count tokens."""
+        known = self.q_sum.shape[1] > 0
+        expected = self.expected(slots["k"], seen, count) if known else rate
+        w = (expected / self.group + 0.01 * count / count.sum(-1, keepdim=True).clamp(min=1)) * slots["v"].float().norm(dim=-1)
+        u = w / (w.sum(-1, keepdim=True) / count.sum(-1, keepdim=True).clamp(min=1)).clamp(min=1e-30) + 0.01 * count
+        return torch.where(count > 0, u, 0.0), rate if self.method.measures else expected
+
+    def exact(self, pos: Tensor, count: Tensor, attention: Tensor, room: Tensor) -> Tensor:
+        """Which slots stay as they are (B, G, N): the first tokens, and single ones of most attention."""
+        single = count == 1
+        sink = single & (pos < SINKS)
+        score = torch.where(single & ~sink, attention, -torch.inf)
+        rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        return sink | (single & ~sink & (rank < ((room - SINKS) * HEAVY).long()[..., None]))
+
+    def merged(self, slots: dict[str, Tensor], label: Tensor, u: Tensor, count: Tensor, size: int) -> dict[str, Tensor]:
+        """One slot for each label (B, G, N) below `size`: weighted means of keys, values and coordinates, sums of the rest."""
+        total = gathered(label, u, size).clamp(min=1e-30)[..., None]
+        n = gathered(label, count, size)
+        new = {
+            "a": n.clamp(min=1).log(),
+            "pos": latest(label, slots["pos"].long(), size),
+            "middle": gathered(label, slots["middle"] * count, size) / n.clamp(min=1),
+            "weight": gathered(label, slots["weight"], size),
+            "rate": gathered(label, slots["rate"], size),
+        }
+        for which, name in enumerate(name for name in ("k", "v", "x") if name in slots):
+            mean = gathered(label, slots[name].float() * u[..., None], size) / total
+            new[name] = rounded(mean, slots[name].dtype, new["pos"], which)
+        if "mass" in slots:
+            new["mass"] = torch.zeros_like(n)
+        return new
+
+    def unless(self, which: Tensor, new: dict[str, Tensor], old: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`new` for the sequences named, what they own already for the others."""
+        if bool(which.all()):
+            return new
+        out = {}
+        for name, t in new.items():
+            keep = torch.full_like(t, -1 if name == "pos" else 0)
+            n = min(t.shape[2], old[name].shape[2])
+            keep[:, :, :n] = old[name][:, :, :n]
+            out[name] = torch.where(which.view(-1, *[1] * (t.dim() - 1)), t, keep)
+        return out
+
+    def stream(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, due: Tensor) -> dict[str, Tensor]:
+        """Tokens that leave the recent ones are clusters of one; as many pairs merge as there are too many slots."""
+        pos = slots["pos"].long()
+        alive = pos >= 0
+        count = torch.where(alive, slots["a"].exp().round(), 0)
+        rate = self.current_rate(slots, seen)
+        if self.method.measures:  # a slot that gets less attention than it used to weighs less
+            weight = slots["weight"] * torch.where(slots["rate"] > 0, (rate / slots["rate"].clamp(min=1e-30)).clamp(0.5, 2.0), 1.0)
+        else:
+            weight, rate = self.weights(slots, seen, count, rate)
+        free = alive & ~self.exact(pos, count, rate, room)
+        surplus = (alive.sum(-1) - room).clamp(min=0) * due[:, None]
+        into = ward(self.points(slots, free), weight, free, surplus)
+        first = alive & (into == torch.arange(into.shape[2], device=into.device))
+        label = torch.where(alive, (first.cumsum(-1) - 1).gather(2, into), -1)
+        new = self.merged(slots | {"weight": weight, "rate": rate}, label, weight.clamp(min=1e-20), count, max(int(room.max()), 1))
+        self.counted[:, 1] = torch.where(due, seen, self.counted[:, 1])
+        return self.unless(due, new, slots)
+
+    def join(self, slots: dict[str, Tensor], seen: Tensor, due: Tensor) -> dict[str, Tensor]:
+        """By delta: a token that leaves the recent ones joins the nearest cluster if that is no farther than delta, and opens one otherwise;
+        so does one of those that got most attention."""
+        pos = slots["pos"].long()
+        alive = pos >= 0
+        count, x, own = torch.where(alive, slots["a"].exp().round(), 0), self.points(slots, alive), torch.arange(pos.shape[2], device=pos.device)
+        new = alive & (own >= pos.shape[2] - slots["fresh"])
+        rate = self.current_rate(slots, seen)
+        open_ = alive & ~new
+        heavy = self.exact(pos, count, rate if self.method.measures else slots["weight"], alive.sum(-1)) & new
+        into = torch.where(alive, own, -1)
+        into, open_ = into.clone(), open_ | heavy
+        waiting = new & ~heavy
+        while bool(waiting.any()):  # at most as often as a block has tokens
+            near = distance(x, open_ & ~heavy)
+            joins = waiting & (near.values <= self.method.delta)
+            into = torch.where(joins, near.indices, into)
+            waiting &= ~joins
+            opens = waiting & (waiting.cumsum(-1) == 1)
+            open_, waiting = open_ | opens, waiting & ~opens
+        first = alive & (into == own)
+        label = torch.where(alive, (first.cumsum(-1) - 1).gather(2, into.clamp(min=0)), -1)
+        weight = slots["weight"]
+        size = int(first.sum(-1).max())
+        out = self.merged(slots | {"rate": rate}, label, weight.clamp(min=1e-20), count, size)
+        self.counted[:, 1] = torch.where(due, seen, self.counted[:, 1])
+        return self.unless(due, out, slots)
+
+    def slots(self) -> ClusterSlots:
+        s, plain = self.pages.read(self.index), super().slots()
+        tail = plain.pos.shape[2] - s["pos"].shape[2]
+        pad = lambda t, value: torch.cat((t, torch.full((*t.shape[:2], tail), value, device=t.device)), 2)  # noqa: E731
+        middle = torch.where(pad(s["pos"], -1) >= 0, pad(s["middle"], 0.0), plain.pos.float())
+        return ClusterSlots(plain.k, plain.v, plain.pos, plain.a, plain.b, plain.window, pad(s["weight"], 1.0), middle)
+
+    def used(self) -> int:
+        return super().used() + sum(t.nbytes for t in (self.basis, self.q_sum, self.q_square, self.q_count, self.counted))
 
 
-def sums(label: Tensor, values: Tensor, clusters: int) -> Tensor:
-    """Add values (B, G, P) or (B, G, P, D) up by label (B, G, P); label -1 is left out. -> (B, G, clusters[, D])."""
-    bins = torch.where(label < 0, clusters, label)  # a bin past the end takes what is left out
-    bins = bins if values.dim() == 3 else bins[..., None].expand(values.shape)
-    total = values.new_zeros((*values.shape[:2], clusters + 1, *values.shape[3:]))
-    return total.scatter_add_(2, bins, values)[:, :, :clusters]
+@dataclass(frozen=True)
+class ClusterSlots(Slots):
+    """Slots, and what a cluster knows beside its count exp(a): its weight, and the mean position of its tokens (B, G, S)."""
+
+    weight: Tensor | None = None
+    middle: Tensor | None = None
 
 
 def rounded(mean: Tensor, dtype: torch.dtype, pos: Tensor, which: int) -> Tensor:
     """mean (B, G, M, D) float32 in a shorter dtype, rounded up or down at random so that the expectation is the mean: the mean of a large
-    cluster moves by less than half a step of bfloat16 a block, and rounded to nearest it would stand still. The draw is a function of the
+    cluster moves by less than half a step of bfloat16 at a time, and rounded to nearest it would stand still. The draw is a function of the
     cluster's newest position (B, G, M), row, head and dimension."""
     near = mean.to(dtype)
     if dtype in (torch.float32, torch.float64):
@@ -101,168 +397,137 @@ def rounded(mean: Tensor, dtype: torch.dtype, pos: Tensor, which: int) -> Tensor
     other = torch.nextafter(near, torch.where(error > 0, torch.inf, -torch.inf).to(dtype))
     _, G, M, D = mean.shape
     index = [torch.arange(n, device=mean.device) for n in (G, M, D)]
-    noise = uniform(which, pos[..., None].long(), index[0][:, None, None], index[1][:, None], index[2])
+    noise = random.uniform(which, pos[..., None].long(), index[0][:, None, None], index[1][:, None], index[2])
     return torch.where(noise * (other.float() - near.float()).abs() < error.abs(), other, near)
 
 
-class SubGenCache(Cache):
-    """Rows of the store: 0 padding | 1..4 sinks | clusters | tail: recent and pending tokens, exact, at `tail + position % ring`."""
+class SubGenCaches(BudgetedCaches):
+    """All layers: one delta decides what each head of each layer owns."""
 
-    x: Tensor  # (B, G, M, D): each cluster's mean un-rotated key
-    tail: Tensor  # (B,): first row of the tail. These two are tensors so that a compiled step does not depend on their values
-    ring: Tensor  # (B,): rows of the tail
-    most: Tensor  # (B,): clusters this sequence may own
-    recent: Tensor  # (B,): tokens behind the newest that stay exact
+    method: SubGen
 
-    def __init__(self, budget: Budget, share_of: int | None, rotary: Any, config: Any, batch: int, dtype: torch.dtype, device: Any) -> None:
-        super().__init__()
-        self.budget, self.share_of, self.window = budget, share_of, config.sliding_window
-        self.rotary = [rotary]  # the model's module, in a list so that it is not part of this cache's state
-        heads, size = config.num_key_value_heads, config.head_dim
-        self.store = SlotStore(batch, heads, 1 + SINKS + BLOCK, size, dtype, device, shared=False)
-        self.register_buffer("x", torch.zeros(batch, heads, 0, size, dtype=dtype, device=device))
-        for name, value in (("tail", 1 + SINKS), ("ring", BLOCK), ("most", 0), ("recent", 0)):
-            self.register_buffer(name, torch.full((batch,), value, dtype=torch.int64, device=device))
+    def __init__(self, method: SubGen, caches: Sequence[BudgetedCache], batch: int, prompt_tokens: int | None, device: Any, table: Any) -> None:
+        super().__init__(method, caches, batch, prompt_tokens, device)
+        self.table: Tensor | None = table  # (L, G): each head's share of the average
 
-    def row(self, pos: Tensor) -> Tensor:
-        return torch.where(pos < SINKS, 1 + pos, self.tail[:, None] + pos % self.ring[:, None])
+    def capacity(self) -> list[int]:
+        """Rows of settled slots that each sequence's budget pays for, a head on average."""
+        m, D = self.method, self[0].store.k.shape[3]
+        rows = [m.settled(n) for n in self.held.tolist()]
+        if not m.bounded:
+            return rows
+        F = m.features(D)  # beside a slot of 2 D numbers stand F; the basis is D F numbers a head
+        return [int((n - F / 2) / (1 + F / (2 * D))) for n in rows]
 
-    def read(self) -> Slots:
-        if self.x.shape[2]:
-            return super().read()
-        s = self.store  # no clusters yet: all heads hold the same tokens, with no weights, as `full` does
-        return Slots(s.k, s.v, s.pos[:, :1], window=self.window)
+    def shares(self, which: Tensor) -> Tensor:
+        share = self.pages[0].share.clone()
+        L, B, G = share.shape
+        if self.method.delta:
+            return self.by_delta(which)
+        if self.method.heads == "prompt":
+            counts, found = self.curves(which, max(self.capacity()))
+        for b, rows in enumerate(self.capacity()):
+            if not which[b]:
+                continue
+            total = max(rows * L * G // PAGE, L * G)
+            if self.method.heads == "prompt":
+                mine = (counts[:, b].flatten(0, 1), found[:, b].flatten(0, 1))
+                pages = by_radius(*mine, rows, total)
+            else:
+                relative = torch.ones(L, G) if self.table is None else self.table
+                pages = fill(relative.flatten().double() * rows / PAGE, total)
+            share[:, b] = pages.view(L, G).to(share)
+        return share
 
-    def tail_pos(self) -> Tensor:
-        """(B, ring) positions in the tail, -1 = empty; the same in every head."""
-        return self.store.pos[:, 0, int(self.tail[0]) :]
+    def curves(self, which: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """For each head, how the radius falls with the number of centres (`radii`): (L, B, G, K) each. Every fourth token stands for all
+        where there are enough: the number of centres is then a fourth, too."""
+        out = []
+        for cache in self:
+            pos = cache.store.pos[:, 0].long()
+            step = 4 if int((pos >= 0).sum(1).max()) >= 1024 else 1
+            keep = (pos >= SINKS) & (pos < (self.tokens_seen - cache.recent)[:, None]) & (pos % step == 0) & which[:, None]
+            index = keep.any(0).nonzero()[:, 0]
+            k, pos, keep = cache.store.k[:, :, index], pos[:, index], keep[:, index]
+            alive = keep[:, None].expand(k.shape[:3])
+            x = self[0].rotary[0].unrotate(k.float(), pos.clamp(min=0))
+            x = x @ principal(x, alive, min(FEATURES, x.shape[3]))
+            counts, found = radii(x, alive, int(rows * HIGH / step) + 1)
+            out.append((counts * step, found))
+        K = max(c.shape[-1] for c, _ in out)
+        stretch = lambda t: torch.cat((t, t[..., -1:].expand(*t.shape[:-1], K - t.shape[-1])), -1)  # noqa: E731
+        return torch.stack([stretch(c) for c, _ in out]), torch.stack([stretch(r) for _, r in out])
 
-    def reserve(self, tokens: int, exactly: bool) -> int:
-        if not self.prompt_open:
-            return ROOM  # the ring holds the recent window and one block
-        held = self.tail_pos()
-        oldest = int(held.masked_fill(held < 0, 2**31 - 1).min()) if bool((held >= 0).any()) else SINKS
-        ring = int(self.ring[0])
-        if tokens - oldest > ring:
-            self.lay_out(self.x.shape[2], round_up(max(tokens - oldest, 0 if exactly else 2 * ring)))
-        return oldest + int(self.ring[0])
+    def by_delta(self, which: Tensor) -> Tensor:
+        """Pages by the number of centres that delta asks for, with the heavy tokens on top and room to grow."""
+        share = self.pages[0].share.clone()
+        for cache in self:
+            slots = cache.candidates(self.tokens_seen, which)
+            alive = (slots["pos"] >= 0) & which[:, None, None]
+            x = cache.points(slots, alive)
+            counts, found = radii(x, alive, x.shape[2])
+            need = torch.where(found <= self.method.delta, counts, torch.inf).amin(-1)
+            need = torch.minimum(need, alive.sum(-1)) / (1 - HEAVY) * 1.5 + SINKS
+            share[cache.index] = torch.where(which[:, None], (need / PAGE).ceil().to(share.dtype), share[cache.index])
+        return share
 
-    def lay_out(self, clusters: int, ring: int) -> None:
-        """Move the rows to where they belong with this many clusters and tail rows; clusters beyond the number are not kept."""
-        tail, held = 1 + SINKS + clusters, self.tail_pos()
-        head = torch.arange(int(self.tail[0]), device=held.device).expand(len(held), -1)
-        row = torch.cat((torch.where(head < tail, head, 0), torch.where(held >= 0, tail + held.long() % ring, 0)), 1)
-        self.store.move(row, tail + ring)
-        self.tail.fill_(tail)
-        self.ring.fill_(ring)
+    def compress(self, which: Tensor) -> None:
+        super().compress(which)
+        everything = not self.method.bounded or bool(self.bounded.all())
+        for cache in self:
+            if everything:
+                cache.compressed()
 
-    def clusters(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Key, value and feature sums (B, G, M, D), counts (B, G, M) and newest positions of the clusters, in float32."""
-        s, rows = self.store, slice(1 + SINKS, int(self.tail[0]))
-        assert s.a is not None
-        pos = s.pos[:, :, rows]
-        n = torch.where(pos >= 0, s.a[:, :, rows].exp().round(), 0)
-        wide = n[..., None]
-        return s.k[:, :, rows].float() * wide, s.v[:, :, rows].float() * wide, self.x.float() * wide, n, pos
+    def absorb(self, cache: SubGenCache, due: Tensor) -> None:  # type: ignore[override]
+        seen, pages = self.tokens_seen, self.pages[0]
+        room = pages.share[cache.index] * PAGE
+        slots = cache.candidates(seen, due)
+        new = cache.join(slots, seen, due) if self.method.delta else cache.stream(slots, seen, room, due)
+        need = (new["pos"] >= 0).sum(-1)
+        if bool((need > room).any()):
+            self.grow(cache.index, need)
+        cache.put(new)
+        cache.drop(seen, due)
 
-    def put(self, k: Tensor, v: Tensor, x: Tensor, n: Tensor, pos: Tensor) -> None:
-        """Write clusters given as sums, counts and newest positions; one without tokens is an empty row."""
-        count = n.clamp(min=1)[..., None]
-        dtype = self.store.k.dtype
-        k, v, self.x = (rounded(total / count, dtype, pos, which) for which, total in enumerate((k, v, x)))
-        self.store.replace(1 + SINKS, k, v, n.clamp(min=1).log(), torch.where(n > 0, pos, -1))
-
-    def end_prompt(self, seen: Tensor) -> None:
-        """k-center over the old clusters and every exact token that is older than the recent window."""
-        plan = [layout(max(self.budget.tokens(self.share_of or n), LEAST)) for n in seen.tolist()]
-        self.recent.copy_(torch.tensor([r for r, _ in plan]))
-        self.most.copy_(torch.tensor([m for _, m in plan]))
-        M, ring = int(self.most.max()), int(self.recent.max()) + BLOCK
-
-        held = self.tail_pos().long()
-        old = (held >= 0) & (held < (seen - self.recent)[:, None])
-        start = int(self.tail[0])
-        k, v = self.store.k[:, :, start:].float(), self.store.v[:, :, start:].float()
-        out = (seen - self.window if self.window else -torch.ones_like(seen))[:, None]  # no query will see this position or one before it
-        weight = (old & (held > out))[:, None].expand(k.shape[:3]).float()
-        x = self.rotary[0].unrotate(k, held.clamp(min=0)) * weight[..., None]
-        ck, cv, cx, cn, cpos = self.clusters()
-        cn = torch.where(cpos > out[:, None], cn, 0)
-        points, counts = torch.cat((cx / cn.clamp(min=1)[..., None], x), 2), torch.cat((cn, weight), 2)
-        label = k_center(points, counts > 0, self.most)
-        newest = torch.cat((cpos.long(), held[:, None].expand(weight.shape)), 2)
-        bins = torch.where(label < 0, M, label)
-        merged = (
-            sums(label, torch.cat((ck, k * weight[..., None]), 2), M),
-            sums(label, torch.cat((cv, v * weight[..., None]), 2), M),
-            sums(label, torch.cat((cx, x), 2), M),
-            sums(label, counts, M),
-            newest.new_full((*label.shape[:2], M + 1), -1).scatter_reduce_(2, bins, newest, "amax")[:, :, :M],
-        )
-        self.store.pos[:, :, start:].masked_fill_(old[:, None], -1)
-        self.lay_out(M, ring)
-        self.put(*merged)
-
-    def maintain(self, seen: Tensor) -> None:
-        """The block of tokens that has left the recent window opens clusters while there is room, then joins the nearest."""
-        first = seen - self.recent - BLOCK
-        pos = first[:, None] + torch.arange(BLOCK, device=seen.device)
-        row = torch.where(pos >= SINKS, self.row(pos.clamp(min=SINKS)), 0)
-        gone = (pos >= SINKS) & (self.store.pos[:, 0].gather(1, row) == pos) & (seen % BLOCK == 0)[:, None]
-        if not bool(gone.any()):
-            return
-        ck, cv, cx, n, cpos = self.clusters()
-        B, G, M, D = cx.shape
-        take = row[:, None, :, None].expand(B, G, BLOCK, D)
-        k, v = self.store.k.gather(2, take).float(), self.store.v.gather(2, take).float()
-        x = self.rotary[0].unrotate(k, pos)
-        weight = gone[:, None].expand(B, G, BLOCK).float()
-
-        used = (n > 0).sum(-1, keepdim=True)  # (B, G, 1); clusters fill the rows from the first
-        turn = used + gone.cumsum(1)[:, None] - 1
-        opens = gone[:, None] & (turn < self.most[:, None, None])
-        label = torch.where(opens, turn, -1)
-        centres, alive = cx + sums(label, x, M), n + sums(label, weight, M)
-        joins = nearest(x, centres / alive.clamp(min=1)[..., None], alive > 0)
-        label = torch.where(opens, label, torch.where(gone[:, None], joins, -1))
-
-        bins = torch.where(label < 0, M, label)
-        newest = torch.cat((cpos.long(), cpos.new_full((B, G, 1), -1).long()), 2)
-        newest = newest.scatter_reduce(2, bins, pos[:, None].expand(B, G, BLOCK), "amax")[:, :, :M]
-        self.put(
-            ck + sums(label, k, M),
-            cv + sums(label, v, M),
-            cx + sums(label, x, M),
-            n + sums(label, weight, M),
-            newest,
-        )
-        empty = torch.zeros_like(self.store.pos[:, 0], dtype=torch.bool).scatter_(1, row, gone)
-        self.store.free(empty[:, None])
-
-    def used(self) -> int:
-        features = int((self.store.pos[:, :, 1 + SINKS : int(self.tail[0])] >= 0).sum()) * self.x.shape[3] * self.x.element_size()
-        return super().used() + features + sum(t.nbytes for t in (self.tail, self.ring, self.most, self.recent))
+    def grow(self, layer: int, need: Tensor) -> None:
+        """Make room for need (B, G) settled slots in a layer: heads that have too little get twice as much."""
+        pages = self.pages[0]
+        for cache in self:
+            cache.put(cache.settled())
+        old, share = [pages.read(i) for i in range(len(self))], pages.share.clone()
+        wanted = torch.maximum((need + PAGE - 1) // PAGE, 2 * share[layer])
+        share[layer] = torch.where(need > share[layer] * PAGE, wanted.to(share.dtype), share[layer])
+        pages.lay_out(share.cpu())
+        for cache, slots in zip(self, old, strict=True):
+            cache.list_pages()
+            cache.put(slots)
 
 
-@dataclass(frozen=True)
-class SubGen(Attention):
-    """Clusters of un-rotated keys between sinks and a recent window. `budget`: slots a layer and head, at least 256; a share such as
-    `25%` is of the tokens seen when a prompt ends."""
+def by_radius(counts: Tensor, found: Tensor, rows: int, total: int) -> Tensor:
+    """One delta for all heads: counts, found (heads, K) as `radii` gives them -> pages (heads,) that add up to `total`. A head owns as many
+    rows as it needs centres to have no point farther than delta from one, but LOW to HIGH times the average `rows`."""
 
-    budget: Budget = SHARE
+    def needed(delta: float) -> Tensor:
+        above = (found > delta).sum(-1)
+        low, high = (above - 1).clamp(min=0)[:, None], above.clamp(max=found.shape[1] - 1)[:, None]
+        r0, r1 = found.gather(1, low), found.gather(1, high)
+        part = ((r0 - delta) / (r0 - r1).clamp(min=1e-9)).clamp(0, 1)
+        count = torch.lerp(counts.gather(1, low).log(), counts.gather(1, high).log(), part).exp()
+        return count[:, 0].double().clamp(LOW * rows, HIGH * rows)
 
-    exact_when: ClassVar[str] = "budget >= 2 x tokens"
+    low, high = 0.0, float(found.max())
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(needed(middle).sum()) > total * PAGE else (low, middle)
+    return fill(needed(high) / PAGE, total)
 
-    def __post_init__(self) -> None:
-        if self.budget.percent and not 0 < self.budget.number <= 200:
-            raise ZooError(f"subgen: budget={self.budget} must be above 0% and at most 200%")
-        if not self.budget.percent and not LEAST <= self.budget.number <= 2**31:
-            raise ZooError(
-                f"subgen: budget={self.budget} must be at least {LEAST} slots (4 sinks, 64 recent, 64 pending, clusters), at most {2**31}"
-            )
 
-    def caches(
-        self, config: Any, rotary: Any, batch: int, max_tokens: int | None, prompt_tokens: int | None, dtype: torch.dtype, device: Any
-    ) -> Caches:
-        layers = [SubGenCache(self.budget, prompt_tokens, rotary, config, batch, dtype, device) for _ in range(config.num_hidden_layers)]
-        return Caches(layers, batch, device, blocks=True)
+def fill(wanted: Tensor, total: int) -> Tensor:
+    """Whole pages (heads,) that add up to `total` >= heads, at least one each, in proportion to `wanted`: largest remainders first."""
+    wanted = wanted * total / wanted.sum()
+    pages = wanted.floor().clamp(min=1)
+    while (rest := total - int(pages.sum())) != 0:
+        gap = torch.where((rest > 0) | (pages > 1), wanted - pages, -torch.inf if rest > 0 else torch.inf)
+        some = gap.topk(min(abs(rest), int((gap.abs() < torch.inf).sum())), largest=rest > 0).indices
+        pages[some] += 1 if rest > 0 else -1
+    return pages.long()

@@ -42,11 +42,11 @@ class Uniform(Selecting):
 
 
 class UniformCache(SelectingCache):
-    def compress(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor) -> dict[str, Tensor]:
-        kept = super().compress(slots, seen, room)
+    def compress(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, which: Tensor) -> dict[str, Tensor]:
+        kept = super().compress(slots, seen, room, which)
         sampled = kept["pos"] >= SINKS
         old = seen - self.recent  # how many tokens the sample and the first ones stand for
-        gone = (seen - self.window).clamp(min=0) if self.window else torch.zeros_like(seen)
+        gone = seen - self.window + 1 if self.window else torch.zeros_like(seen)
         population = (old - gone.clamp(min=SINKS)).clamp(min=1)[:, None, None]
         weight = (population / sampled.sum(-1, keepdim=True).clamp(min=1)).log().clamp(min=0)
         kept["a"] = torch.where(sampled, weight, 0.0)

@@ -1,0 +1,191 @@
+"""Clustering as SubGen needs it: many heads at once, each with its own number of clusters, and no loop over points.
+
+Letters: B batch, G heads, N points of a head, F features of a point, M clusters of the head that has most. Points that are not alive take
+part in nothing. Numbers of clusters are tensors (B, G).
+
+    coverage    centres that leave no point far from one: greedy farthest point, many at a time
+    radii       how the farthest point's distance falls with the number of centres: what one global delta is read from
+    k_center    greedy farthest point to the letter, one centre at a time
+    ward        merging, cheapest pair first, until few enough clusters are left
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROUNDS = 12  # how often `coverage` looks which points are far
+TIE = 1e-6  # of the largest squared norm: points this close to a centre count as being on it, so that rounding decides nothing
+
+
+def principal(x: Tensor, alive: Tensor, size: int) -> Tensor:
+    """The `size` directions (B, G, D, size), float32, in which the points x (B, G, N, D) that are alive (B, G, N) vary most."""
+    n = alive.sum(-1)[..., None, None].clamp(min=1)
+    x = x * alive[..., None]
+    mean = x.sum(2, keepdim=True) / n
+    cov = x.mT @ x / n - mean.mT @ mean
+    return torch.linalg.eigh(cov).eigenvectors[..., -size:].contiguous()
+
+
+class Centres:
+    """Centres chosen so far; for each point its nearest centre, and the squared distance to it."""
+
+    def __init__(self, x: Tensor, alive: Tensor) -> None:
+        self.x, self.square = x, x.square().sum(-1)
+        self.tie = TIE * (self.square * alive).amax(-1, keepdim=True)
+        self.dist = torch.where(alive, torch.inf, -torch.inf)  # -inf also marks a centre: it is never chosen again
+        self.label = torch.full(alive.shape, -1, dtype=torch.int64, device=x.device)
+        self.used = alive.new_zeros(alive.shape[:2], dtype=torch.int64)
+
+    def far(self, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` points farthest from all centres, farthest first: squared distances and indices (B, G, count)."""
+        index = torch.arange(self.dist.shape[2], device=self.dist.device)
+        # Points that are on a centre already come last, in order: their distances are nothing but rounding.
+        key = torch.where(self.dist > self.tie, self.dist, torch.where(self.dist > -torch.inf, -1.0 - index, -torch.inf))
+        return key.topk(min(count, key.shape[2]), dim=-1)
+
+    def add(self, picks: Tensor, valid: Tensor) -> None:
+        """Open centres at points picks (B, G, C) where valid (B, G, C); valid ones come first. Points join the nearest."""
+        centres, square = row(self.x, picks), self.square.gather(2, picks)
+        B, G, N, F = self.x.shape
+        square = torch.where(valid, square, torch.inf)
+        d = torch.baddbmm(square.view(B * G, 1, -1), self.x.reshape(B * G, N, F), centres.view(B * G, -1, F).mT, alpha=-2)
+        best, which = d.view(B, G, N, -1).min(-1)
+        best = (best + self.square).clamp(min=0)
+        best = torch.where(best > self.tie, best, 0.0)
+        better = best < self.dist
+        self.label = torch.where(better, which + self.used[..., None], self.label)
+        self.dist = torch.where(better, best, self.dist)
+        own = self.used[..., None] + torch.arange(picks.shape[2], device=picks.device)
+        self.label.scatter_(2, picks, torch.where(valid, own, self.label.gather(2, picks)))
+        self.dist.scatter_(2, picks, torch.where(valid, -torch.inf, self.dist.gather(2, picks)))
+        self.used = self.used + valid.sum(-1)
+
+    def spread(self, want: Tensor) -> None:
+        """Open want (B, G) centres at far points that are not near one another: of twice as many candidates, one that a farther one would
+        bring closer than the last that is wanted steps back."""
+        most = int(want.max())
+        if most <= 0:
+            return
+        top, index = self.far(2 * most)
+        C = index.shape[2]
+        cut = top.gather(2, (want - 1).clamp(0, C - 1)[..., None])
+        x = row(self.x, index)
+        near = torch.cdist(x, x).square() < cut[..., None]
+        rank = torch.arange(C, device=index.device)
+        shaded = (near & (rank < rank[:, None])).any(-1)
+        order = (rank + C * shaded).argsort(dim=-1)[..., :most]
+        picks, top = index.gather(2, order), top.gather(2, order)
+        self.add(picks, (torch.arange(picks.shape[2], device=picks.device) < want[..., None]) & (top > -torch.inf))
+
+
+def coverage(x: Tensor, alive: Tensor, clusters: Tensor, first: Tensor, starts: Tensor) -> Tensor:
+    """Labels (B, G, N) int64 from 0, -1 where not alive: each point's nearest of `clusters` (B, G) centres. starts (B, G) of them are the
+    points of largest `first` (B, G, N), the others far ones. With no more points than clusters each is its own."""
+    c = Centres(x, alive)
+    starts = torch.minimum(starts.clamp(min=1), clusters)
+    picks = torch.where(alive, first, -torch.inf).topk(min(int(starts.max()), x.shape[2]), dim=-1).indices
+    c.add(picks, (torch.arange(picks.shape[2], device=x.device) < starts[..., None]) & alive.gather(2, picks))
+    for left in range(ROUNDS, 0, -1):
+        c.spread((clusters - c.used + left - 1) // left)
+    return torch.where(alive, c.label, -1)
+
+
+def radii(x: Tensor, alive: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """How far the farthest point is from 1, 2, 4, ... up to `most` centres: (centres (B, G, K) float, radii (B, G, K))."""
+    c = Centres(x, alive)
+    picks = alive.to(torch.uint8).argmax(-1, keepdim=True)
+    c.add(picks, alive.gather(2, picks))
+    counts, found = [], []
+    while True:
+        counts.append(c.used.to(torch.float32))
+        found.append(c.dist.amax(-1).clamp(min=0).sqrt())
+        now = int(c.used.max())
+        if now >= most or not bool((found[-1] > 0).any()):
+            return torch.stack(counts, -1), torch.stack(found, -1)
+        c.spread((c.used.clamp(min=2) * 0.4).ceil().long().clamp(max=most - now))
+
+
+def k_center(x: Tensor, alive: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    """Greedy k-center to the letter: open a centre at the point farthest from all centres so far, the first alive one to begin with, until
+    there are most (B, G). -> the centres' points (B, G, M), -1 beyond a head's own number, and labels (B, G, N), -1 where not alive."""
+    c = Centres(x, alive)
+    picks = []
+    for step in range(min(int(most.max()), x.shape[2])):
+        top, index = (alive.float().topk(1, dim=-1)) if step == 0 else c.far(1)
+        valid = alive.gather(2, index) & (top > -torch.inf) & (step < most[..., None])
+        c.add(index, valid)
+        picks.append(torch.where(valid, index, -1))
+    return torch.cat(picks, 2), torch.where(alive, c.label, -1)
+
+
+def gathered(label: Tensor, values: Tensor, clusters: int) -> Tensor:
+    """Sums of values (B, G, N) or (B, G, N, F) by label (B, G, N); label -1 is left out. -> (B, G, clusters[, F])."""
+    bins = torch.where(label < 0, clusters, label)  # a bin past the end takes what is left out
+    bins = bins if values.dim() == 3 else bins[..., None].expand(values.shape)
+    total = values.new_zeros((*values.shape[:2], clusters + 1, *values.shape[3:]))
+    return total.scatter_add_(2, bins, values)[:, :, :clusters]
+
+
+def latest(label: Tensor, pos: Tensor, clusters: int) -> Tensor:
+    """The largest of pos (B, G, N) int64 by label: (B, G, clusters), -1 where a cluster has nothing."""
+    bins = torch.where(label < 0, clusters, label)
+    return pos.new_full((*label.shape[:2], clusters + 1), -1).scatter_reduce_(2, bins, pos, "amax")[:, :, :clusters]
+
+
+def ward(x: Tensor, weight: Tensor, alive: Tensor, surplus: Tensor) -> Tensor:
+    """Which clusters to merge so that `surplus` (B, G) fewer are left: labels (B, G, N) int64, the index of the cluster that each becomes
+    part of, its own where it stays.
+
+    x (B, G, N, F) centres, weight (B, G, N), alive (B, G, N): what may merge. The cost of a pair is Ward's, w_a w_b / (w_a + w_b) |x_a -
+    x_b|^2. In each round the lightest clusters, four times as many as must go, look for their cheapest partners, and pairs merge that are
+    cheaper than any other that touches them: the cost grows with the lighter weight, so a cheap pair has a light member.
+    """
+    own = torch.arange(x.shape[2], device=x.device).expand(alive.shape)
+    into = own
+    while bool((surplus > 0).any()):
+        light = torch.where(alive, weight, torch.inf).topk(min(4 * int(surplus.max()), x.shape[2]), largest=False, sorted=False).indices
+        cost, partner = cheapest(x, weight, alive, light)
+        inf = torch.full_like(weight, torch.inf)
+        least = inf.scatter_reduce(2, light, cost, "amin").scatter_reduce(2, partner, cost, "amin")
+        good = (cost < torch.inf) & (cost <= least.gather(2, light)) & (cost <= least.gather(2, partner))
+        low, high = torch.minimum(light, partner), torch.maximum(light, partner)
+        good &= ~((light > partner) & (cost == inf.scatter(2, light, cost).gather(2, partner)))  # a pair found from both sides counts once
+        order = torch.where(good, cost, torch.inf).argsort(dim=-1, stable=True)
+        rank = torch.empty_like(order).scatter_(2, order, torch.arange(order.shape[2], device=x.device).expand(order.shape))
+        good &= rank < surplus[..., None]
+        if not bool(good.any()):
+            return into
+        target = own.scatter_reduce(2, torch.where(good, high, own[:, :, :1]), torch.where(good, low, own[:, :, :1]), "amin")
+        into = target.gather(2, into)
+        w = weight * alive
+        total = gathered(target, w, x.shape[2])
+        x = gathered(target, x * w[..., None], x.shape[2]) / total.clamp(min=1e-30)[..., None]
+        weight, alive = total, alive & (target == own)
+        surplus = surplus - good.sum(-1)
+    return into
+
+
+def cheapest(x: Tensor, weight: Tensor, alive: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
+    """For the clusters some (B, G, C) the least Ward cost of merging it, and with which: (B, G, C) each; cost inf where there is none."""
+    square, one = x.square().sum(-1, keepdim=True), torch.ones_like(weight)[..., None]
+    far = torch.where(alive[..., None], square, torch.inf)
+    heavy = 1 / weight.clamp(min=1e-30)[..., None]
+    d = row(torch.cat((-2 * x, square, one), -1), some) @ torch.cat((x, one, far), -1).mT  # |x_a - x_b|^2
+    d.div_(row(torch.cat((heavy, one), -1), some) @ torch.cat((one, heavy), -1).mT)
+    d.scatter_(3, some[..., None], torch.inf)
+    cost, partner = d.clamp_(min=0).min(-1)
+    return torch.where(alive.gather(2, some), cost, torch.inf), partner
+
+
+def row(values: Tensor, index: Tensor) -> Tensor:
+    """values (B, G, N, F) at index (B, G, C): (B, G, C, F)."""
+    return values.gather(2, index[..., None].expand(*index.shape, values.shape[3]))
+
+
+def distance(x: Tensor, centres: Tensor) -> Any:
+    """For each of the points x (B, G, N, F) the distance to the nearest of those that centres (B, G, N) marks, and its index: `values` and
+    `indices` (B, G, N)."""
+    return torch.cdist(x, x).masked_fill_(~centres[:, :, None], torch.inf).min(-1)

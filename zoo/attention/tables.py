@@ -1,0 +1,48 @@
+"""Tables that `python -m zoo.calibrate` makes for a model once, and a method can use: small JSON files in zoo's cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.errors import ZooError
+from zoo.folders import cache_folder
+
+
+def table_path(method: str, config: Any) -> Path:
+    """Where the table of a method for models of this config lies."""
+    return cache_folder() / "calibration" / f"{method}-{hashlib.sha256(str(config).encode()).hexdigest()[:16]}.json"
+
+
+def save_table(method: str, config: Any, table: dict[str, Any]) -> Path:
+    """Write a table; the file appears whole or not at all."""
+    path = table_path(method, config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        tmp.write_text(json.dumps(table))
+        os.replace(tmp, path)
+    finally:
+        tmp.unlink(missing_ok=True)
+    return path
+
+
+def load_shares(method: str, config: Any) -> Tensor:
+    """(L, G) float64: what each head may own, as a multiple of the average. Raises ZooError where there is no table, or a broken one."""
+    path = table_path(method, config)
+    again = f"make it with: python -m zoo.calibrate {method} MODEL --text FILE"
+    try:
+        shares = torch.tensor(json.loads(path.read_text())["shares"], dtype=torch.float64)
+    except FileNotFoundError:
+        raise ZooError(f"{method}: there is no head table for this model; {again}") from None
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise ZooError(f"{method}: the head table {path} cannot be read ({e}); {again}") from None
+    if shares.shape != (config.num_hidden_layers, config.num_key_value_heads) or not bool((shares > 0).all()):
+        raise ZooError(f"{method}: the head table {path} is of another model; {again}")
+    return shares
