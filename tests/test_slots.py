@@ -231,11 +231,9 @@ def paged(seed: int, counts: list[int], T: int, R: int = 2, D: int = 16, older: 
     for unused in range(odd(3)):  # lists are padded, at the end too
         pages.append(0)
         owner.append(unused)
-    J = max(len(row) for row in table) + odd(2)
+    J = max(1, *map(len, table)) + odd(2)
     table = [row + [0] * (J - len(row)) for row in table]
-    lists = (
-        torch.tensor(x, dtype=torch.int32).view(-1, J) if x is table else torch.tensor(x, dtype=torch.int32) for x in (pages, owner, table)
-    )
+    lists = (torch.tensor(x, dtype=torch.int32) for x in (pages, owner, table))
     return q, q_pos, PagedSlots(k, v, pos.int(), a, *lists, spans), dense
 
 

@@ -1,10 +1,11 @@
-"""SubGen's Algorithm 1: the cache contract, the algorithm against literal loops, and its estimators as estimators. Each check is a function,
-and fails for a wrong weight or probability."""
+"""SubGen's Algorithm 1: the cache contract, the algorithm against literal loops, and its estimators as estimators. Each check is a
+function, and fails for a wrong weight or probability."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from zoo.attention import ATTENTION, parse
 from zoo.attention import subgen_paper as module
 from zoo.attention.cache import Caches, open_dimensions
 from zoo.attention.slots import slot_attention
-from zoo.attention.subgen_paper import MOST, ROWS, SubGenPaper
+from zoo.attention.subgen_paper import MOST, ROWS, SubGenPaper, SubGenPaperCaches
 from zoo.errors import ZooError
 from zoo.lm import LM
 
@@ -41,9 +42,11 @@ def ids(lm: LM) -> Tensor:
     return torch.randint(0, lm.config.vocab_size, (3, 520), generator=torch.Generator().manual_seed(7))
 
 
-def new(lm: LM, attn: SubGenPaper, batch: int = 1, **hints: int) -> Caches:
+def new(lm: LM, attn: SubGenPaper, batch: int = 1, **hints: int) -> SubGenPaperCaches:
     lm.attn = attn
-    return lm.new_cache(batch, **hints)
+    caches = lm.new_cache(batch, **hints)
+    assert isinstance(caches, SubGenPaperCaches)
+    return caches
 
 
 @torch.no_grad()
@@ -148,21 +151,21 @@ def test_two_runs_are_identical_and_another_seed_is_not(lm: LM, ids: Tensor) -> 
     assert (out[2] - out[0]).abs().max() > 1e-3
     k = torch.randn(1, 1, 64, 4, generator=torch.Generator().manual_seed(0)).expand(1, 2, 64, 4)
     layers = stream(SubGenPaper(delta=0, t=1, s=64), k, k, layers=2)
-    a, b = (layers[i].values.pos[0] for i in range(2))  # type: ignore[union-attr]
-    assert not torch.equal(a[0], a[1])  # type: ignore[index]
-    assert not torch.equal(a, b)  # type: ignore[arg-type]
+    a, b = (layers[i].values.pos[0] for i in range(2))
+    assert not torch.equal(a[0], a[1])
+    assert not torch.equal(a, b)
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gpt_neox"])
 def test_all_families_run(tmp_path: Path, family: str) -> None:
-    """Prompt and decoding past block ends and past Mistral's window of 16, by parse's spelling once the method is registered."""
+    """Prompt and decoding past block ends and past Mistral's window of 16."""
     lm = zoo.load(str(write_checkpoint(tmp_path / "m", family)), compile="off")
     cache = new(lm, SubGenPaper(delta=6, t=2, s=32))
     ids = torch.randint(0, lm.config.vocab_size, (1, 150), generator=torch.Generator().manual_seed(1))
     logits = [lm.prefill(ids[:, :100], cache)] + [lm.decode_step(ids[:, t], cache) for t in range(100, 150)]
     assert torch.isfinite(torch.cat(logits)).all()
     assert cache.tokens_seen.tolist() == [150]
-    assert (cache[0].count.sum(-1) == 128).all()  # type: ignore[operator]
+    assert (cache[0].count.sum(-1) == 128).all()
 
 
 def test_nbytes_are_the_storages(lm: LM, ids: Tensor) -> None:
@@ -175,7 +178,7 @@ def test_nbytes_are_the_storages(lm: LM, ids: Tensor) -> None:
     assert after.allocated == sum(storages.values())
     assert before.used < after.used <= after.allocated
     key, G, pending = 16 * 8, 2, 300 % 64
-    clusters = sum(int((layer.count > 0).sum()) for layer in cache)  # type: ignore[operator]
+    clusters = sum(int((layer.count > 0).sum()) for layer in cache)
     by_hand = clusters * (key + 4 + 3 * (key + 4)) + 2 * (G * 32 * (2 * key + 8) + pending * (G * 2 * key + 4) + G * 8) + 8
     assert after.used == by_hand
 
@@ -184,11 +187,11 @@ def test_storage_doubles_for_all_layers_at_once(lm: LM, ids: Tensor) -> None:
     """Rows are 16 times a power of two, at least as many as the longest head needs and less than twice, the same in all layers."""
     cache = new(lm, METHODS[0])
     lm.prefill(ids[:1, :512], cache)
-    longest = max(int((layer.count > 0).sum(-1).max()) for layer in cache)  # type: ignore[operator]
-    rows = {layer.count.shape[2] for layer in cache}  # type: ignore[union-attr]
+    longest = max(int((layer.count > 0).sum(-1).max()) for layer in cache)
+    rows = {layer.count.shape[2] for layer in cache}
     assert len(rows) == 1
     assert longest <= rows.pop() < 2 * max(longest, ROWS)
-    assert all((layer.count.sum(-1) == 512).all() for layer in cache)  # type: ignore[operator]
+    assert all((layer.count.sum(-1) == 512).all() for layer in cache)
 
 
 @pytest.mark.parametrize(
@@ -203,10 +206,11 @@ def test_storage_doubles_for_all_layers_at_once(lm: LM, ids: Tensor) -> None:
         ("seed=9223372036854775808", "between -2"),
         ("block=0", "between 1 and 64"),
         ("block=65", "between 1 and 64"),
-        ("epsilon=1.5,r=1", "at most 1"),
-        ("epsilon=-0.5,r=1", "at most 1"),
-        ("epsilon=0.5", "r=0.0 must be above 0"),
-        ("r=0.5", "epsilon=0.0 must be above 0"),
+        ("epsilon=1.5,r=1", "between 0.001 and 1"),
+        ("epsilon=-0.5,r=1", "between 0.001 and 1"),
+        ("epsilon=1e-200,r=1", "between 0.001 and 1"),
+        ("epsilon=0.5", "r=0.0 must be above 0 where epsilon"),
+        ("r=0.5", "only there"),
         ("r=-0.5,epsilon=1", "at most 1e6"),
         ("budget=4", "delta="),
     ],
@@ -235,8 +239,12 @@ def test_the_theorem_sets_the_samples(lm: LM) -> None:
     method = SubGenPaper(delta=0.5, epsilon=0.8, r=1.0)
     assert method.samples(16, 1000) == (math.ceil(32 / 3 * math.e * math.log(1000) / 0.64), 12500)
     assert SubGenPaper(t=7, s=9).samples(16, 1000) == (7, 9)
-    for hints, n in (({"max_tokens": 500, "prompt_tokens": 9}, 500), ({"prompt_tokens": 300}, 300), ({}, lm.config.max_position_embeddings)):
-        layer = new(lm, method, **hints)[0]  # type: ignore[arg-type]
+    for hints, n in (
+        ({"max_tokens": 500, "prompt_tokens": 9}, 500),
+        ({"prompt_tokens": 300}, 300),
+        ({}, lm.config.max_position_embeddings),
+    ):
+        layer = new(lm, method, **hints)[0]
         assert (layer.t, layer.s) == method.samples(16, n)
     for wild in (SubGenPaper(delta=8, epsilon=0.5, r=15), SubGenPaper(delta=1e6, epsilon=1, r=1e6), SubGenPaper(epsilon=0.01, r=1e-9)):
         with pytest.raises(ZooError, match=r"e\^\(2 delta r\) = .* at most 65536") as e:
@@ -255,12 +263,12 @@ def test_sdpa_is_refused(lm: LM, ids: Tensor) -> None:
 # A cache without a model
 
 
-def stream(method: SubGenPaper, k: Tensor, v: Tensor, window: int | None = None, layers: int = 1, chunk: int = 64) -> Caches:
+def stream(method: SubGenPaper, k: Tensor, v: Tensor, window: int | None = None, layers: int = 1) -> SubGenPaperCaches:
     """Caches that took in k, v (B, G, n, D), queries aside."""
     B, G, n, D = k.shape
     config = SimpleNamespace(num_key_value_heads=G, head_dim=D, num_hidden_layers=layers, sliding_window=window, max_position_embeddings=n)
-    caches = method.caches(config, None, B, n, None, k.dtype, "cpu")
-    size = min(chunk, method.block)
+    caches, size = method.caches(config, None, B, n, None, k.dtype, "cpu"), method.block
+    assert isinstance(caches, SubGenPaperCaches)
     for start in range(0, n, size):
         pos = torch.arange(start, min(start + size, n)).expand(B, -1)
         for layer in caches:
@@ -269,7 +277,7 @@ def stream(method: SubGenPaper, k: Tensor, v: Tensor, window: int | None = None,
     return caches
 
 
-def estimates(caches: Caches, q: Tensor) -> tuple[Tensor, Tensor]:
+def estimates(caches: SubGenPaperCaches, q: Tensor) -> tuple[Tensor, Tensor]:
     """What layer 0 makes of queries q (Q, D), as the paper has them (divided by sqrt(D)): z (G, Q, D), tau (G, Q)."""
     s = caches[0].slots()
     assert s.a is not None
@@ -279,8 +287,8 @@ def estimates(caches: Caches, q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def planted(n: int, m: int, D: int, delta: float, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys (n, D) in m clusters of diameter delta, far apart, in a random order; in each of them keys drift along the last axis as time goes
-    by, so that a sample which favours old or new tokens shows. Values (n, D) that begin large. The cluster of each token (n,)."""
+    """Keys (n, D) in m clusters of diameter delta, far apart, in a random order; in each, keys drift along the last axis as time goes by,
+    so that a sample which favours old or new tokens shows. Values (n, D) that begin large. The cluster of each token (n,)."""
     g = torch.Generator().manual_seed(seed)
     home = torch.randint(0, m, (n,), generator=g)
     home[:m] = torch.randperm(m, generator=g)
@@ -345,11 +353,11 @@ def test_it_is_algorithm_1(block: int) -> None:
         clusters, slots, mu = literal(method, k[0, head, :done], v[0, head, :done], head)
         m = len(clusters)
         assert 5 < m < done / 2
-        assert layer.count[0, head, : m + 1].tolist() == [c[1] for c in clusters] + [0]  # type: ignore[index]
-        assert torch.equal(layer.leader[0, head, :m], k[0, head, [c[0] for c in clusters]])  # type: ignore[index]
-        assert layer.sample_pos[0, head, :m].tolist() == [c[2] for c in clusters]  # type: ignore[index]
-        assert layer.values.pos[0, head].tolist() == slots  # type: ignore[union-attr,index]
-        rows = layer.count.shape[2] * 3  # type: ignore[union-attr]
+        assert layer.count[0, head, : m + 1].tolist() == [c[1] for c in clusters] + [0]
+        assert torch.equal(layer.leader[0, head, :m], k[0, head, [c[0] for c in clusters]])
+        assert layer.sample_pos[0, head, :m].tolist() == [c[2] for c in clusters]
+        assert layer.values.pos[0, head].tolist() == slots
+        rows = layer.count.shape[2] * 3
         for c, (_, count, samples) in enumerate(clusters):
             assert torch.equal(s.k[0, head, 3 * c : 3 * c + 3], k[0, head, samples])
             assert torch.allclose(s.b[0, head, 3 * c : 3 * c + 3], torch.tensor(count / 3).log())
@@ -360,18 +368,19 @@ def test_it_is_algorithm_1(block: int) -> None:
         assert (s.b[0, head, rows : rows + 10] == -torch.inf).all()
 
 
-def test_attend_is_the_formula(lm: LM) -> None:
+def test_attend_is_the_formula() -> None:
     """What `slots()` shows, put through the formula, is what `attend` computes, and it is z / tau; changing the copy changes nothing."""
     k, v, _ = planted(200, 6, 8, 1.0)
-    caches = stream(SubGenPaper(delta=1, t=3, s=40), repeated(k, 2), repeated(v, 2))
-    layer, q = caches[0], queries(4, 8, 1.5)
-    pos = torch.tensor([[200]])
-    out = layer.attend(q.view(1, 4, 1, 8) * 8**0.5, torch.ones(1, 2, 1, 8).double(), torch.ones(1, 2, 1, 8).double(), pos)
+    layer = (caches := stream(SubGenPaper(delta=1, t=3, s=40), repeated(k, 2), repeated(v, 2)))[0]
+    q, pos, one = queries(4, 8, 1.5), torch.tensor([[200]]), torch.ones(1, 2, 1, 8, dtype=torch.float64)
+    scaled = q.view(1, 4, 1, 8) * 8**0.5
+    out = layer.attend(scaled, one, one, pos)
     s = layer.slots()
-    assert (slot_attention(q.view(1, 4, 1, 8) * 8**0.5, pos, s) - out).abs().max() < 1e-6  # type: ignore[operator]
+    expected = slot_attention(scaled, pos, s)
+    assert isinstance(expected, Tensor)
+    assert (expected - out).abs().max() < 1e-6
     z, tau = estimates(caches, q)
-    paper = torch.stack([z[h // 2, h] / tau[h // 2, h] for h in range(4)])
-    assert (out[0, :, 0] - paper).abs().max() < 1e-6
+    assert (out[0, :, 0] - torch.stack([z[h // 2, h] / tau[h // 2, h] for h in range(4)])).abs().max() < 1e-6
     s.k.zero_()
     assert layer.slots().k.abs().max() > 0
 
@@ -380,22 +389,27 @@ def test_only_values_of_zero_answer_zero() -> None:
     """The numerator's slots stay null, and nothing is NaN."""
     k = repeated(planted(64, 3, 4, 1.0)[0], 1)
     layer = stream(SubGenPaper(delta=1, t=2, s=8), k, torch.zeros_like(k))[0]
-    assert (layer.values.pos == -1).all()  # type: ignore[union-attr]
+    assert (layer.values.pos == -1).all()
     out = layer.attend(k[:, :, :1], k[:, :, :1], torch.zeros_like(k[:, :, :1]), torch.tensor([[64]]))
     assert torch.equal(out, torch.zeros_like(out))
 
 
-def test_an_expired_sample_is_not_seen() -> None:
-    """With a window of 40, values before it, however large, change no answer; without one they do."""
-    k, v, _ = planted(128, 4, 8, 1.0)
+@pytest.mark.parametrize("block", [16, 64])
+def test_an_expired_sample_is_not_seen(block: int) -> None:
+    """With a window of 40, what is older, pending or absorbed, changes neither sum; without one it does."""
+    k, v, _ = planted(110, 4, 8, 1.0)
     v[:64] = 1e6
-    for window, most in ((40, 30.0), (None, math.inf)):
-        layer = stream(SubGenPaper(delta=1, t=3, s=500, block=16), repeated(k, 1), repeated(v, 1), window=window)[0]
-        out = layer.attend(queries(1, 8, 1.0).view(1, 1, 1, 8), *[torch.ones(1, 1, 1, 8).double()] * 2, torch.tensor([[128]]))
-        assert (out.abs().max() < most) == (window is not None) or window is None
+    q, pos, one = queries(1, 8, 1.0).view(1, 1, 1, 8), torch.tensor([[110]]), torch.ones(1, 1, 1, 8, dtype=torch.float64)
+    for window in (40, None):
+        layer = stream(SubGenPaper(delta=1, t=3, s=500, block=block), repeated(k, 1), repeated(v, 1), window=window)[0]
+        out = layer.attend(q, one, one, pos)
+        s = layer.slots()
+        assert ((s.pos >= 0) & (s.pos <= 70)).any()  # still held
+        seen = replace(s, window=None, pos=s.pos.where(s.pos > 70, -1)) if window else s
+        expected = slot_attention(q, pos, seen)
+        assert isinstance(expected, Tensor)
+        assert (out / expected - 1).abs().max() < 1e-6
         assert (out.abs().max() > 1e4) == (window is None)
-        old = layer.slots()
-        assert (old.pos[old.pos >= 0] < 88).any()  # they are still held
 
 
 def test_bfloat16_and_other_dtypes() -> None:
@@ -404,8 +418,8 @@ def test_bfloat16_and_other_dtypes() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         caches = stream(SubGenPaper(delta=1.1, t=4, s=64), repeated(k, 2).to(dtype), repeated(v, 2).to(dtype))
         layer = caches[0]
-        assert layer.sample.dtype == layer.values.v.dtype == dtype  # type: ignore[union-attr]
-        assert (layer.count.sum(-1) == 256).all()  # type: ignore[operator]
+        assert layer.sample.dtype == layer.values.v.dtype == dtype
+        assert (layer.count.sum(-1) == 256).all()
         q = torch.ones(1, 2, 1, 8, dtype=dtype)
         out = layer.attend(q, q, q, torch.tensor([[256]]))
         assert out.dtype == dtype
@@ -418,7 +432,7 @@ def test_planted_clusters_are_recovered() -> None:
     counts = sorted(home.bincount().tolist())
 
     def found(delta: float) -> bool:
-        count = stream(SubGenPaper(delta=delta, t=2, s=4), repeated(k, 3), repeated(v, 3))[0].count[0]  # type: ignore[index]
+        count = stream(SubGenPaper(delta=delta, t=2, s=4), repeated(k, 3), repeated(v, 3))[0].count[0]
         return all(sorted(row[row > 0].tolist()) == counts for row in count)
 
     assert found(1.0)
@@ -436,7 +450,8 @@ def no_recompiling() -> Iterator[None]:
 def test_attend_is_one_graph(no_recompiling: None) -> None:
     """fullgraph, compiled once while clusters grow past 16, 32 and 64 rows, with the numbers of the eager form."""
     g = torch.Generator().manual_seed(5)
-    caches, twin = (stream(SubGenPaper(delta=1.5, t=3, s=20, block=16), *[torch.zeros(1, 2, 0, 8)] * 2) for _ in range(2))
+    nothing = torch.zeros(1, 2, 0, 8)
+    caches, twin = (stream(SubGenPaper(delta=1.5, t=3, s=20, block=16), nothing, nothing) for _ in range(2))
     step = torch.compile(lambda layer, *x: layer.attend(*x), fullgraph=True, backend="aot_eager")
     for _, t, dim in open_dimensions(caches):
         torch._dynamo.maybe_mark_dynamic(t, dim)
@@ -446,7 +461,7 @@ def test_attend_is_one_graph(no_recompiling: None) -> None:
         assert (step(caches[0], q, k, v, pos) - twin[0].attend(q, k, v, pos)).abs().max() < 1e-5
         caches.advance(pos)
         twin.advance(pos)
-    assert caches[0].count.shape[2] >= 128  # type: ignore[union-attr]
+    assert caches[0].count.shape[2] >= 128
 
 
 # The estimators
@@ -470,7 +485,8 @@ def p_values(t: Tensor, df: int) -> Tensor:
 
 
 def bias(seeds: int = 2000) -> dict[str, Tensor]:
-    """Over `seeds` independent draws: the t statistic of each query's tau (Q,) and of each coordinate of its z (Q D,). Pending tokens count."""
+    """Over `seeds` independent draws: the t statistic of each query's tau (Q,) and of each coordinate of its z (Q D,). Of the 36 tokens 4
+    are pending."""
     k, v, _ = planted(36, 4, 6, 1.0)
     q = queries(4, 6, 2.0)
     z, tau = estimates(stream(SubGenPaper(delta=1, t=2, s=16, block=8), repeated(k, seeds), repeated(v, seeds)), q)
@@ -542,26 +558,27 @@ def test_samples_that_share_a_draw_do_not_help(which: str, monkeypatch: pytest.M
 
 def share_within(epsilon: float, method: SubGenPaper | None = None) -> float:
     """The share of draws in which the theorem's bound holds, over 50 heads and 10 queries; `method` in place of what epsilon asks for."""
-    n, m, D, delta, r, heads = 512, 5, 6, 0.5, 1.0, 50
-    k, v, _ = planted(n, m, D, delta)
+    n, m, D, delta, r, heads = 256, 3, 4, 0.5, 1.0, 50
+    k, _, _ = planted(n, m, D, delta)
+    v = torch.randn(n, D, generator=torch.Generator().manual_seed(8), dtype=torch.float64)  # |V|_F^2 is nearly D |V|_op^2
     q = queries(10, D, r)
     method = method or SubGenPaper(delta=delta, epsilon=epsilon, r=r, block=4)
     caches = stream(method, repeated(k, heads), repeated(v, heads))
     z, tau = estimates(caches, q)
-    assert ((caches[0].count > 0).sum(-1) <= m).all()  # type: ignore[operator]
+    assert ((caches[0].count > 0).sum(-1) <= m).all()
     P = (q @ k.T).softmax(-1)
     error = (z / tau[..., None] - P @ v).norm(dim=-1)
     return float((error <= epsilon * P.norm(dim=-1) * torch.linalg.matrix_norm(v, 2)).double().mean())
 
 
 def bound_holds() -> bool:
-    return share_within(1.0) >= 0.99
+    return share_within(0.5) >= 0.99
 
 
 def test_the_papers_bound() -> None:
     """|z/tau - Attn| <= epsilon |softmax(K q)| |V|_op in 99 % of draws, with t and s from epsilon and r; not with two samples of each."""
     assert bound_holds()
-    assert share_within(1.0, SubGenPaper(delta=0.5, t=2, s=2)) < 0.9
+    assert share_within(0.5, SubGenPaper(delta=0.5, t=2, s=2)) < 0.9
 
 
 @pytest.mark.parametrize("mutant", WEIGHTS, ids=lambda m: m[0])

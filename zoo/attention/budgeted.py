@@ -187,9 +187,9 @@ class BudgetedCache(Cache):
                 q, pos, counts = q[:, :, columns], pos[:, columns], counts[:, columns]
                 whole = Parts(*(x[:, :, :, columns] for x in whole))
         assert self.store.mass is not None
-        self.store.mass += slot_mass(q, pos, tail, whole, counts).to(torch.float32)
+        self.store.mass.add_(slot_mass(q, pos, tail, whole, counts))
         if settled is not None and self.mass is not None:
-            self.mass += paged_mass(q, pos, settled, whole, counts).to(torch.float32)
+            self.mass.add_(paged_mass(q, pos, settled, whole, counts))
 
     def reserve(self, ends: Tensor, most: int | None) -> Tensor:
         growing = self.ring == GROWING  # what is a ring has all the rows it needs

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 ROUNDS = 12  # how often `coverage` looks which points are far
-TIE = 1e-6  # of the largest squared norm: points this close to a centre count as being on it, so that rounding decides nothing
+TIE = 1e-4  # of the largest squared norm: points this close to a centre count as being on it, so that rounding decides nothing
 
 
 def principal(x: Tensor, alive: Tensor, size: int) -> Tensor:
@@ -55,7 +55,7 @@ class Centres:
         best, which = d.view(B, G, N, -1).min(-1)
         best = (best + self.square).clamp(min=0)
         best = torch.where(best > self.tie, best, 0.0)
-        better = best < self.dist
+        better = best + self.tie < self.dist
         self.label = torch.where(better, which + self.used[..., None], self.label)
         self.dist = torch.where(better, best, self.dist)
         own = self.used[..., None] + torch.arange(picks.shape[2], device=picks.device)
@@ -71,14 +71,14 @@ class Centres:
             return
         top, index = self.far(2 * most)
         C = index.shape[2]
-        cut = top.gather(2, (want - 1).clamp(0, C - 1)[..., None])
+        cut = torch.maximum(top.gather(2, (want - 1).clamp(0, C - 1)[..., None]), self.tie)
         x = row(self.x, index)
         near = torch.cdist(x, x).square() < cut[..., None]
         rank = torch.arange(C, device=index.device)
-        shaded = (near & (rank < rank[:, None])).any(-1)
+        shaded = (near & (rank < rank[:, None])).any(-1) & (top > 0)  # what is on a centre already takes no points from others
         order = (rank + C * shaded).argsort(dim=-1)[..., :most]
-        picks, top = index.gather(2, order), top.gather(2, order)
-        self.add(picks, (torch.arange(picks.shape[2], device=picks.device) < want[..., None]) & (top > -torch.inf))
+        good = (top > -torch.inf) & ~shaded
+        self.add(index.gather(2, order), (rank[: order.shape[2]] < want[..., None]) & good.gather(2, order))
 
 
 def coverage(x: Tensor, alive: Tensor, clusters: Tensor, first: Tensor, starts: Tensor) -> Tensor:
@@ -87,8 +87,12 @@ def coverage(x: Tensor, alive: Tensor, clusters: Tensor, first: Tensor, starts: 
     c = Centres(x, alive)
     starts = torch.minimum(starts.clamp(min=1), clusters)
     picks = torch.where(alive, first, -torch.inf).topk(min(int(starts.max()), x.shape[2]), dim=-1).indices
-    c.add(picks, (torch.arange(picks.shape[2], device=x.device) < starts[..., None]) & alive.gather(2, picks))
-    for left in range(ROUNDS, 0, -1):
+    rank, some = torch.arange(picks.shape[2], device=x.device), row(x, picks)
+    twice = ((torch.cdist(some, some).square() <= c.tie[..., None]) & (rank < rank[:, None])).any(-1)  # or rounding would share out its points
+    good = (rank < starts[..., None]) & alive.gather(2, picks) & ~twice
+    order = (~good).to(torch.uint8).argsort(dim=-1, stable=True)
+    c.add(picks.gather(2, order), good.gather(2, order))
+    for left in (*range(ROUNDS, 0, -1), 1, 1):  # the last two take what stepped back in the one before
         c.spread((clusters - c.used + left - 1) // left)
     return torch.where(alive, c.label, -1)
 
@@ -148,14 +152,12 @@ def ward(x: Tensor, weight: Tensor, alive: Tensor, surplus: Tensor) -> Tensor:
     while bool((surplus > 0).any()):
         light = torch.where(alive, weight, torch.inf).topk(min(4 * int(surplus.max()), x.shape[2]), largest=False, sorted=False).indices
         cost, partner = cheapest(x, weight, alive, light)
-        inf = torch.full_like(weight, torch.inf)
-        least = inf.scatter_reduce(2, light, cost, "amin").scatter_reduce(2, partner, cost, "amin")
-        good = (cost < torch.inf) & (cost <= least.gather(2, light)) & (cost <= least.gather(2, partner))
-        low, high = torch.minimum(light, partner), torch.maximum(light, partner)
-        good &= ~((light > partner) & (cost == inf.scatter(2, light, cost).gather(2, partner)))  # a pair found from both sides counts once
-        order = torch.where(good, cost, torch.inf).argsort(dim=-1, stable=True)
+        order = cost.argsort(dim=-1, stable=True)
         rank = torch.empty_like(order).scatter_(2, order, torch.arange(order.shape[2], device=x.device).expand(order.shape))
-        good &= rank < surplus[..., None]
+        best = torch.full_like(own, x.shape[2]).scatter_reduce(2, light, rank, "amin").scatter_reduce(2, partner, rank, "amin")
+        good = (cost < torch.inf) & (rank == best.gather(2, light)) & (rank == best.gather(2, partner))
+        good &= (good.gather(2, order).cumsum(-1).gather(2, rank)) <= surplus[..., None]
+        low, high = torch.minimum(light, partner), torch.maximum(light, partner)
         if not bool(good.any()):
             return into
         target = own.scatter_reduce(2, torch.where(good, high, own[:, :, :1]), torch.where(good, low, own[:, :, :1]), "amin")
@@ -174,9 +176,11 @@ def cheapest(x: Tensor, weight: Tensor, alive: Tensor, some: Tensor) -> tuple[Te
     far = torch.where(alive[..., None], square, torch.inf)
     heavy = 1 / weight.clamp(min=1e-30)[..., None]
     d = row(torch.cat((-2 * x, square, one), -1), some) @ torch.cat((x, one, far), -1).mT  # |x_a - x_b|^2
+    tie = TIE * torch.where(alive, square[..., 0], 0).amax(-1)
+    d = torch.where(d > tie[..., None, None], d, 0.0)  # among equal points the first is the nearest, whatever rounding says
     d.div_(row(torch.cat((heavy, one), -1), some) @ torch.cat((one, heavy), -1).mT)
     d.scatter_(3, some[..., None], torch.inf)
-    cost, partner = d.clamp_(min=0).min(-1)
+    cost, partner = d.min(-1)
     return torch.where(alive.gather(2, some), cost, torch.inf), partner
 
 

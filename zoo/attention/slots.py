@@ -156,7 +156,7 @@ def finish(parts: Parts, dtype: torch.dtype) -> Tensor:
     ratio = (parts.max_num - parts.max_den).exp()[..., None]  # 1 where a = b
     out = torch.where(parts.den[..., None] > 0, ratio * parts.num / parts.den[..., None], 0)
     B, G, R, T, D = out.shape
-    return out.view(B, G * R, T, D).to(dtype)
+    return out.reshape(B, G * R, T, D).to(dtype)
 
 
 def slot_mass(q: Tensor, q_pos: Tensor, slots: Slots, whole: Parts, queries: Tensor | None = None) -> Tensor:

@@ -99,7 +99,8 @@ class SlotStore(nn.Module):
     def move(self, row: Tensor, rows: int) -> None:
         """Reallocate to `rows` rows; old row i (of S) goes to row[b, i] (B, S), and to row 0, empty, where that is 0."""
         for name, old in buffers(self).items():
-            new = old.new_full((*old.shape[:2], rows, *old.shape[3:]), -1 if name == "pos" else 0)
+            # One row more than is shown, as in `resize`: a compiled step tells views of a longer storage from whole ones.
+            new = old.new_full((*old.shape[:2], rows + 1, *old.shape[3:]), -1 if name == "pos" else 0)[:, :, :rows]
             index = row[:, None].expand(old.shape[:3])
             index = index[..., None].expand(old.shape) if old.dim() == 4 else index
             new.scatter_(2, index, old)
