@@ -184,14 +184,19 @@ def test_nbytes_are_the_storages(lm: LM, ids: Tensor) -> None:
 
 
 def test_storage_doubles_for_all_layers_at_once(lm: LM, ids: Tensor) -> None:
-    """Rows are 16 times a power of two, at least as many as the longest head needs and less than twice, the same in all layers."""
-    cache = new(lm, METHODS[0])
-    lm.prefill(ids[:1, :512], cache)
-    longest = max(int((layer.count > 0).sum(-1).max()) for layer in cache)
-    rows = {layer.count.shape[2] for layer in cache}
-    assert len(rows) == 1
-    assert longest <= rows.pop() < 2 * max(longest, ROWS)
-    assert all((layer.count.sum(-1) == 512).all() for layer in cache)
+    """While tokens come, rows suffice for the longest head, are fewer than twice that, at least double when they grow, and are the same in
+    all layers."""
+    cache, sizes = new(lm, METHODS[1]), [ROWS]
+    for t in range(0, 520, 40):
+        lm.model(ids[:1, t : t + 40], cache)
+        longest = max(int((layer.count > 0).sum(-1).max()) for layer in cache)
+        rows = {layer.count.shape[2] for layer in cache}
+        assert len(rows) == 1
+        sizes += rows
+        assert longest <= sizes[-1] < 2 * max(longest, ROWS)
+        assert sizes[-1] == sizes[-2] or sizes[-1] >= 2 * sizes[-2]
+    assert sizes[-1] > 64
+    assert all((layer.count.sum(-1) == 520).all() for layer in cache)
 
 
 @pytest.mark.parametrize(
@@ -438,6 +443,16 @@ def test_planted_clusters_are_recovered() -> None:
     assert found(1.0)
     assert not found(0.5)
     assert not found(4.5)
+
+
+def test_delta_is_a_distance_that_still_belongs() -> None:
+    """A key at exactly delta joins; at delta=0 equal keys share a cluster, no others do, and the denominator is exact."""
+    k = torch.tensor([[0.0, 0], [3, 4], [0, 0], [3, 4.25], [6, 8.25]], dtype=torch.float64)
+    for delta, counts in ((5.0, [3, 2]), (4.9, [2, 2, 1]), (0.0, [2, 1, 1, 1])):
+        caches = stream(SubGenPaper(delta=delta, t=2, s=1, block=5), repeated(k, 1), repeated(k + 1, 1))
+        assert caches[0].count[0, 0, : len(counts) + 1].tolist() == [*counts, 0]
+    q = 0.5 * torch.randn(3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(estimates(caches, q)[1][0], (q @ k.T).exp().sum(-1))
 
 
 @pytest.fixture

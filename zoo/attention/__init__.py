@@ -16,6 +16,8 @@ from zoo.attention.sinks import Sinks
 from zoo.attention.sliding import Sliding
 from zoo.attention.snapkv import SnapKV
 from zoo.attention.subgen import SubGen
+from zoo.attention.subgen_kcenter import SubGenKCenter
+from zoo.attention.subgen_paper import SubGenPaper
 from zoo.attention.tova import Tova
 from zoo.attention.uniform import Uniform
 from zoo.errors import ZooError
@@ -24,6 +26,8 @@ ATTENTION: dict[str, type[Attention]] = {
     "full": Full,
     "sliding": Sliding,
     "subgen": SubGen,
+    "subgen_kcenter": SubGenKCenter,
+    "subgen_paper": SubGenPaper,
     "sinks": Sinks,
     "uniform": Uniform,
     "h2o": H2O,

@@ -239,11 +239,11 @@ class BudgetedCache(Cache):
             both["pos"] = torch.where(both["pos"] > (seen - self.window)[:, None, None], both["pos"], -1)
         return both
 
-    def renewed(self, seen: Tensor, which: Tensor, room: Tensor) -> dict[str, Tensor]:
-        """The settled slots, those of the sequences that `which` (B,) names compressed together with what leaves their tails. The others'
-        stay as they are, whatever their neighbours do."""
+    def renewed(self, seen: Tensor, which: Tensor, room: Tensor, make: Any = None) -> dict[str, Tensor]:
+        """The settled slots, those of the sequences that `which` (B,) names made anew (`compress`, or `make`) together with what leaves their
+        tails. The others' stay as they are, whatever their neighbours do."""
         old = self.settled()
-        new = self.compress(self.candidates(seen, which), seen, room, which)
+        new = (make or self.compress)(self.candidates(seen, which), seen, room, which)
         if bool(which.all()):
             return new
         n = max(old["pos"].shape[2], new["pos"].shape[2])

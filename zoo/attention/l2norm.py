@@ -21,5 +21,5 @@ class L2Norm(Selecting):
     when: str = "prompt"
 
     def score(self, cache: SelectingCache, slots: dict[str, Tensor], seen: Tensor) -> Tensor:
-        """Norms to three digits: tokens that are equal but for rounding tie, and the one that settled, or came, first stays."""
+        """Norms to three digits: tokens that are equal but for rounding tie, and the older one stays."""
         return -(slots["k"].float().norm(dim=-1).clamp(min=1e-20).log2() * 2**10).round()

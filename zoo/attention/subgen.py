@@ -45,6 +45,7 @@ FEATURES = 16  # principal coordinates of an un-rotated key that are kept beside
 HEAVY = 0.25 * 1.15  # of a head's slots: tokens of most attention
 AHEAD = range(0, 512, 32)  # how far ahead of the newest token the expected attention looks
 MEMORY = 512  # queries over which the attention that a slot gets is averaged
+RANK = 8  # directions of a group's query covariance that outlast the prompt
 LOW, HIGH = 0.3, 2.5  # what a head may own, of the average
 SCORES, HEADS = ("attention", "expected"), ("prompt", "table", "uniform")
 
@@ -108,6 +109,8 @@ class SubGenCache(BudgetedCache):
     q_sum: Tensor  # (B, 1, H, D) and q_square (B, 1, H, D, D): sums over every 8th query, un-rotated, and over its outer products; float32
     q_square: Tensor
     q_count: Tensor  # (B,)
+    q_mean: Tensor  # (B, H, D) and q_factor (B, G, D, RANK): what is kept of them afterwards, with scores=expected, for what is to come
+    q_factor: Tensor
     counted: Tensor  # (B, 2): the positions from which tail tokens' and settled slots' attention has been counted
     OPEN: ClassVar[dict[str, int]] = {**BudgetedCache.OPEN, "q_sum": 1, "q_square": 1}
 
@@ -119,6 +122,9 @@ class SubGenCache(BudgetedCache):
         self.register_buffer("q_sum", torch.zeros(batch, 1, H, D, device=device))
         self.register_buffer("q_square", torch.zeros(batch, 1, H, D, D, device=device))
         self.register_buffer("q_count", torch.zeros(batch, device=device))
+        kept = method.bounded and not method.measures
+        self.register_buffer("q_mean", torch.zeros(batch, H, D * kept, dtype=dtype, device=device))
+        self.register_buffer("q_factor", torch.zeros(batch, G, D * kept, RANK, dtype=dtype, device=device))
         self.register_buffer("counted", torch.zeros(batch, 2, dtype=torch.int64, device=device))
         self.measure(method.measures)
 
@@ -162,7 +168,9 @@ class SubGenCache(BudgetedCache):
 
     def compressed(self) -> None:
         """Everything that could be turned into slots has been: free what only that needed."""
-        self.forget_queries(self.method.measures or not self.method.bounded)
+        if self.q_mean.numel() and self.q_sum.shape[1]:
+            self.summarize()
+        self.forget_queries(True)
         if not self.method.bounded:
             self.measure(False)
 
@@ -232,9 +240,32 @@ class SubGenCache(BudgetedCache):
             total += turn[:, None, p].mT @ second @ turn[:, None, p]
         return mean, total / len(AHEAD) - mean[..., None] * mean[..., None, :]
 
-    def expected(self, k: Tensor, seen: Tensor, count: Tensor | None = None) -> Tensor:
+    def summarize(self) -> None:
+        """Keep the queries' means and, for each group, the RANK main directions of their covariance."""
+        n = self.q_count.clamp(min=1)[:, None, None]
+        mean, second = self.q_sum[:, 0] / n, self.q_square[:, 0] / n[..., None]
+        B, G, D, _ = self.q_factor.shape
+        cov = (second - mean[..., None] * mean[..., None, :]).view(B, G, -1, D, D).mean(2)
+        values, vectors = torch.linalg.eigh(cov)
+        self.q_mean.copy_(mean)
+        self.q_factor.copy_(vectors[..., -RANK:] * values[..., None, -RANK:].clamp(min=0).sqrt())
+
+    def anticipated(self, k: Tensor, seen: Tensor, count: Tensor) -> Tensor:
+        """`expected`, from what `summarize` kept."""
+        (B, G, N, D), scale = k.shape, k.shape[3] ** -0.5
+        each = torch.cat((self.q_mean.view(B, G, -1, D), self.q_factor.mT), 2).float()  # (B, G, R + RANK, D)
+        R = each.shape[2] - RANK
+        ahead = seen[:, None] + torch.tensor(AHEAD, device=seen.device)
+        turned = self.rotary[0].rotate(each.flatten(1, 2)[:, :, None].expand(-1, -1, len(AHEAD), -1), ahead)  # (B, G (R + RANK), P, D)
+        dots = scale * (k.float() @ turned.view(B, G, -1, D).mT).unflatten(3, (-1, len(AHEAD)))  # (B, G, N, R + RANK, P)
+        mean, spread = dots[..., :R, :], dots[..., R:, :].square().sum(3).mean(-1, keepdim=True)
+        centre = mean.mean(-1)
+        logit = centre + 0.5 * (mean.square().mean(-1) - centre.square() + spread) + count.log()[..., None]
+        return logit.softmax(2).nan_to_num_().sum(-1)
+
+    def expected(self, k: Tensor, seen: Tensor, count: Tensor) -> Tensor:
         """The attention that the queries to come are expected to give to keys k (B, G, N, D), summed over the group's query heads (B, G, N),
-        if they are Gaussian: softmax of s mu.k + s^2/2 k.C k. count (B, G, N): tokens behind each key; 0 = none."""
+        if they are Gaussian: softmax of s mu.k + s^2/2 k.C k + log n. count (B, G, N): the n tokens behind each key; 0 = none."""
         mean, cov = self.future(seen)
         B, G, _, D = k.shape
         k = k.float()
@@ -243,8 +274,7 @@ class SubGenCache(BudgetedCache):
         logit = scale * k @ mean.mT  # (B, G, N, R)
         for r in range(mean.shape[2]):
             logit[..., r] += 0.5 * scale**2 * ((k @ cov[:, :, r]) * k).sum(-1)
-        if count is not None:
-            logit = logit + count.log()[..., None]
+        logit = logit + count.log()[..., None]
         return logit.softmax(2).nan_to_num_().sum(-1)
 
     # From tokens to slots
@@ -264,7 +294,7 @@ class SubGenCache(BudgetedCache):
         label = torch.where(exact, clusters[..., None] + exact.cumsum(-1) - 1, label)
         new = self.merged(slots | {"weight": u, "rate": rate}, label, torch.where(exact, 1.0, u), count, int(room.max()))
         self.counted[:, 1] = torch.where(which, seen, self.counted[:, 1])
-        return self.unless(which, new, slots)
+        return new
 
     def current_rate(self, slots: dict[str, Tensor], seen: Tensor) -> Tensor:
         """Attention a query, as a moving average over MEMORY queries for settled slots."""
@@ -276,8 +306,10 @@ class SubGenCache(BudgetedCache):
 
     def weights(self, slots: dict[str, Tensor], seen: Tensor, count: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
         """u, and what makes a token heavy: (B, G, N) each, for slots of count tokens."""
-        known = self.q_sum.shape[1] > 0
-        expected = self.expected(slots["k"], seen, count) if known else rate
+        if self.q_sum.shape[1]:
+            expected = self.expected(slots["k"], seen, count)
+        else:
+            expected = self.anticipated(slots["k"], seen, count) if self.q_mean.numel() else rate
         w = (expected / self.group + 0.01 * count / count.sum(-1, keepdim=True).clamp(min=1)) * slots["v"].float().norm(dim=-1)
         u = w / (w.sum(-1, keepdim=True) / count.sum(-1, keepdim=True).clamp(min=1)).clamp(min=1e-30) + 0.01 * count
         return torch.where(count > 0, u, 0.0), rate if self.method.measures else expected
@@ -308,18 +340,6 @@ class SubGenCache(BudgetedCache):
             new["mass"] = torch.zeros_like(n)
         return new
 
-    def unless(self, which: Tensor, new: dict[str, Tensor], old: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`new` for the sequences named, what they own already for the others."""
-        if bool(which.all()):
-            return new
-        out = {}
-        for name, t in new.items():
-            keep = torch.full_like(t, -1 if name == "pos" else 0)
-            n = min(t.shape[2], old[name].shape[2])
-            keep[:, :, :n] = old[name][:, :, :n]
-            out[name] = torch.where(which.view(-1, *[1] * (t.dim() - 1)), t, keep)
-        return out
-
     def stream(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, due: Tensor) -> dict[str, Tensor]:
         """Tokens that leave the recent ones are clusters of one; as many pairs merge as there are too many slots."""
         pos = slots["pos"].long()
@@ -337,15 +357,15 @@ class SubGenCache(BudgetedCache):
         label = torch.where(alive, (first.cumsum(-1) - 1).gather(2, into), -1)
         new = self.merged(slots | {"weight": weight, "rate": rate}, label, weight.clamp(min=1e-20), count, max(int(room.max()), 1))
         self.counted[:, 1] = torch.where(due, seen, self.counted[:, 1])
-        return self.unless(due, new, slots)
+        return new
 
-    def join(self, slots: dict[str, Tensor], seen: Tensor, due: Tensor) -> dict[str, Tensor]:
+    def join(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, due: Tensor) -> dict[str, Tensor]:
         """By delta: a token that leaves the recent ones joins the nearest cluster if that is no farther than delta, and opens one otherwise;
         so does one of those that got most attention."""
         pos = slots["pos"].long()
         alive = pos >= 0
         count, x, own = torch.where(alive, slots["a"].exp().round(), 0), self.points(slots, alive), torch.arange(pos.shape[2], device=pos.device)
-        new = alive & (own >= pos.shape[2] - slots["fresh"])
+        new = alive & (own >= max(1, *self.pages.count[self.index]) * PAGE)  # behind the settled ones
         rate = self.current_rate(slots, seen)
         open_ = alive & ~new
         heavy = self.exact(pos, count, rate if self.method.measures else slots["weight"], alive.sum(-1)) & new
@@ -365,7 +385,7 @@ class SubGenCache(BudgetedCache):
         size = int(first.sum(-1).max())
         out = self.merged(slots | {"rate": rate}, label, weight.clamp(min=1e-20), count, size)
         self.counted[:, 1] = torch.where(due, seen, self.counted[:, 1])
-        return self.unless(due, out, slots)
+        return out
 
     def slots(self) -> ClusterSlots:
         s, plain = self.pages.read(self.index), super().slots()
@@ -375,7 +395,7 @@ class SubGenCache(BudgetedCache):
         return ClusterSlots(plain.k, plain.v, plain.pos, plain.a, plain.b, plain.window, pad(s["weight"], 1.0), middle)
 
     def used(self) -> int:
-        return super().used() + sum(t.nbytes for t in (self.basis, self.q_sum, self.q_square, self.q_count, self.counted))
+        return super().used() + sum(t.nbytes for t in (self.basis, self.q_sum, self.q_square, self.q_count, self.q_mean, self.q_factor, self.counted))
 
 
 @dataclass(frozen=True)
@@ -416,8 +436,9 @@ class SubGenCaches(BudgetedCaches):
         rows = [m.settled(n) for n in self.held.tolist()]
         if not m.bounded:
             return rows
-        F = m.features(D)  # beside a slot of 2 D numbers stand F; the basis is D F numbers a head
-        return [int((n - F / 2) / (1 + F / (2 * D))) for n in rows]
+        F = m.features(D)  # beside a slot of 2 D numbers stand F; the basis is D F numbers a head, what is kept of queries (R + RANK) D
+        fixed = (0 if m.delta else F / 2) + (0 if m.measures else (self[0].group + RANK) / 2)
+        return [int((n - fixed) / (1 + F / (2 * D))) for n in rows]
 
     def shares(self, which: Tensor) -> Tensor:
         share = self.pages[0].share.clone()
@@ -431,8 +452,8 @@ class SubGenCaches(BudgetedCaches):
                 continue
             total = max(rows * L * G // PAGE, L * G)
             if self.method.heads == "prompt":
-                mine = (counts[:, b].flatten(0, 1), found[:, b].flatten(0, 1))
-                pages = by_radius(*mine, rows, total)
+                wanted, _ = one_delta(counts[:, b].flatten(0, 1), found[:, b].flatten(0, 1), rows)
+                pages = fill(wanted / PAGE, total)
             else:
                 relative = torch.ones(L, G) if self.table is None else self.table
                 pages = fill(relative.flatten().double() * rows / PAGE, total)
@@ -481,8 +502,7 @@ class SubGenCaches(BudgetedCaches):
     def absorb(self, cache: SubGenCache, due: Tensor) -> None:  # type: ignore[override]
         seen, pages = self.tokens_seen, self.pages[0]
         room = pages.share[cache.index] * PAGE
-        slots = cache.candidates(seen, due)
-        new = cache.join(slots, seen, due) if self.method.delta else cache.stream(slots, seen, room, due)
+        new = cache.renewed(seen, due, room, cache.join if self.method.delta else cache.stream)
         need = (new["pos"] >= 0).sum(-1)
         if bool((need > room).any()):
             self.grow(cache.index, need)
@@ -503,9 +523,9 @@ class SubGenCaches(BudgetedCaches):
             cache.put(slots)
 
 
-def by_radius(counts: Tensor, found: Tensor, rows: int, total: int) -> Tensor:
-    """One delta for all heads: counts, found (heads, K) as `radii` gives them -> pages (heads,) that add up to `total`. A head owns as many
-    rows as it needs centres to have no point farther than delta from one, but LOW to HIGH times the average `rows`."""
+def one_delta(counts: Tensor, found: Tensor, rows: float) -> tuple[Tensor, float]:
+    """counts, found (heads, K) as `radii` gives them, and the slots that a head owns on average -> slots (heads,) float64, and delta. A head
+    owns as many as it needs centres to have no point farther than delta from one, but LOW to HIGH times the average."""
 
     def needed(delta: float) -> Tensor:
         above = (found > delta).sum(-1)
@@ -518,8 +538,8 @@ def by_radius(counts: Tensor, found: Tensor, rows: int, total: int) -> Tensor:
     low, high = 0.0, float(found.max())
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if float(needed(middle).sum()) > total * PAGE else (low, middle)
-    return fill(needed(high) / PAGE, total)
+        low, high = (middle, high) if float(needed(middle).mean()) > rows else (low, middle)
+    return needed(high), high
 
 
 def fill(wanted: Tensor, total: int) -> Tensor:
