@@ -42,6 +42,10 @@ METHODS = [
     "keydiff",
     "subgen_kcenter",
 ]
+INTRO = (  # the five parts of the passkey task (Mohtashami and Jaggi, Landmark Attention, arXiv 2305.16300), with prose for filler
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you about the important "
+    "information there.\n"
+)
 
 
 def with_budget(spelling: str, share: float, when: str) -> Any:
@@ -127,13 +131,12 @@ def run_passkey(lm: Any, args: argparse.Namespace) -> None:
     ids = lm.tokenizer.encode(args.text)
     for seed in range(args.seeds):
         r = random.Random(seed)
-        n, key = r.randrange(1000, 2000), r.randrange(10000, 50000)
+        n, key = r.randrange(1000, 2000), r.randint(1, 50000)
         start = r.randrange(args.skip, len(ids) - n)
-        needle = lm.tokenizer.encode(f"\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n")
-        cut = r.randrange(int(0.05 * n), int(0.9 * n))
-        intro = lm.tokenizer.encode("There is a pass key hidden in the following text. Memorize it. I will ask you about it.\n\n")
-        prompt = intro + ids[start : start + cut] + needle + ids[start + cut : start + n]
-        question = lm.tokenizer.encode("\n\nWhat is the pass key? The pass key is")
+        needle = lm.tokenizer.encode(f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n")
+        cut = r.randrange(n)
+        prompt = lm.tokenizer.encode(INTRO) + ids[start : start + cut] + needle + ids[start + cut : start + n]
+        question = lm.tokenizer.encode("\nWhat is the pass key? The pass key is")
         answer = lm.tokenizer.encode(f" {key}")
         for spelling in ["full", *args.attn]:
             if spelling == "full":

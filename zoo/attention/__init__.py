@@ -56,7 +56,7 @@ def parse(spelling: str | Attention) -> Attention:
     for part in rest.split(",") if colon else []:
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if key not in known or not equals:
-            listing = ", ".join(f"{k}={d}" for k, (_, d) in known.items()) or "none"
+            listing = ", ".join(f"{k}={str(d).lower() if kind is bool else d}" for k, (kind, d) in known.items()) or "none"
             raise ZooError(f"{name}: unknown option {part.strip()!r}; options and their defaults: {listing}")
         if key in chosen:
             raise ZooError(f"{name}: option {key!r} is given twice")
@@ -73,7 +73,12 @@ def convert(name: str, key: str, kind: type, value: str) -> object:
             raise ValueError
         return Budget.parse(value) if kind is Budget else kind(value)
     except ValueError:
-        expected = {"Budget": "tokens such as 1024 or a share such as 25%", "int": "a whole number", "float": "a number", "bool": "true or false"}
+        expected = {
+            "Budget": "tokens such as 1024 or a share such as 25%",
+            "int": "a whole number",
+            "float": "a number",
+            "bool": "true or false",
+        }
         raise ZooError(f"{name}: {key}={value!r} is not {expected[kind.__name__]}") from None
 
 

@@ -137,7 +137,9 @@ class BudgetedCache(Cache):
         self.method, self.index, self.pages = method, index, pages
         self.rotary = [rotary]  # the model's module, in a list so that it is not part of this cache's state
         self.window = config.sliding_window
-        self.store = SlotStore(batch, config.num_key_value_heads, 2, config.head_dim, dtype, device, shared=True, mass="mass" in method.extra)
+        self.store = SlotStore(
+            batch, config.num_key_value_heads, 2, config.head_dim, dtype, device, shared=True, mass="mass" in method.extra
+        )
         for name, value in (("recent", 0), ("ring", GROWING), ("origin", 0)):
             self.register_buffer(name, torch.full((batch,), value, dtype=torch.int64, device=device))
         for name in ("listed", "owner", "table", "mass"):
@@ -240,8 +242,8 @@ class BudgetedCache(Cache):
         return both
 
     def renewed(self, seen: Tensor, which: Tensor, room: Tensor, make: Any = None) -> dict[str, Tensor]:
-        """The settled slots, those of the sequences that `which` (B,) names made anew (`compress`, or `make`) together with what leaves their
-        tails. The others' stay as they are, whatever their neighbours do."""
+        """The settled slots, those of the sequences that `which` (B,) names made anew (`compress`, or `make`) together with what leaves
+        their tails. The others' stay as they are, whatever their neighbours do."""
         old = self.settled()
         new = (make or self.compress)(self.candidates(seen, which), seen, room, which)
         if bool(which.all()):
@@ -252,7 +254,8 @@ class BudgetedCache(Cache):
             return F.pad(t, (0, 0) * (t.dim() - 3) + (0, n - t.shape[2]), value=EMPTY.get(name, 0))
 
         return {
-            name: torch.where(which.view(-1, *[1] * (t.dim() - 1)), padded(name, new[name].to(t.dtype)), padded(name, t)) for name, t in old.items()
+            name: torch.where(which.view(-1, *[1] * (t.dim() - 1)), padded(name, new[name].to(t.dtype)), padded(name, t))
+            for name, t in old.items()
         }
 
     def prepare(self) -> None:
@@ -292,6 +295,7 @@ class BudgetedCache(Cache):
 
     def slots(self) -> Slots:
         s, tail = self.pages.read(self.index), super().slots()
+        assert tail.a is not None
         k, v = torch.cat((s["k"], tail.k), 2), torch.cat((s["v"], tail.v), 2)
         a = torch.cat((s["a"], tail.a), 2)
         return Slots(k, v, torch.cat((s["pos"], tail.pos), 2), a, a, tail.window)
@@ -426,6 +430,7 @@ class BudgetedCaches(Caches):
             if cache.mass is not None:
                 cache.put(cache.settled())
         new = super().expand(batch)
+        assert isinstance(new, BudgetedCaches)
         for cache in new:
             cache.list_pages()
         return new

@@ -76,7 +76,7 @@ class Cache(nn.Module):
 
     @abstractmethod
     def reserve(self, ends: Tensor, most: int | None) -> Tensor:
-        """Make room for sequences that reach `ends` (B,) tokens, doubling, but not for more than `most`. -> (B,): the tokens that now fit."""
+        """Make room for sequences that reach `ends` (B,) tokens, doubling, but for no more than `most`. -> (B,): the tokens that fit."""
 
     def end_prompt(self, seen: Tensor) -> None:
         """The prompt or chat turn is over, at lengths seen (B,)."""
@@ -210,8 +210,8 @@ class Caches(nn.ModuleList):
             raise ZooError(f"expand needs a cache of batch 1; this one has {self.batch}")
         new = self.clone()
         for module in new.modules():
-            if hasattr(module, "expand_batch"):
-                module.expand_batch(batch)
+            if callable(own := getattr(module, "expand_batch", None)):
+                own(batch)
             else:
                 for name, t in list(module.named_buffers(recurse=False)):
                     setattr(module, name, t.repeat_interleave(batch, 0))

@@ -1,7 +1,7 @@
 """What the methods share that keep some tokens and drop the others: a score for each, the best ones stay.
 
-A slot is one token, exact, at its true position; every head keeps as many, each its own ones. Settled slots come in pages of 32, so a budget
-that is no multiple of 32 keeps up to 31 fewer.
+A slot is one token, exact, at its true position; every head keeps as many, each its own ones. Settled slots come in pages of 32, so that
+a budget that is no multiple of 32 keeps up to 31 fewer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zoo.attention.budgeted import Budgeted, BudgetedCache
-from zoo.attention.slots import Parts, merge, paged_mass, paged_parts, slot_mass, slot_parts
+from zoo.attention.slots import merge, paged_mass, paged_parts, slot_mass, slot_parts
 from zoo.attention.store import Pages
 
 
@@ -68,9 +68,11 @@ class SelectingCache(BudgetedCache):
         q, pos = self.asked[:, 1:].transpose(1, 2), self.asked_pos[:, 1:]
         tail, settled = self.store.read(self.window), self.read_settled()
         whole = merge(slot_parts(q, pos, tail), paged_parts(q, pos, settled))
-        self.store.mass = slot_mass(q, pos, tail, whole).to(torch.float32)
-        self.pages.mass.zero_()
-        self.mass = paged_mass(q, pos, settled, whole).to(torch.float32)
+        assert self.store.mass is not None
+        assert self.mass is not None
+        self.store.mass.copy_(slot_mass(q, pos, tail, whole))  # in place: a compiled step knows how these tensors lie
+        self.mass.copy_(paged_mass(q, pos, settled, whole))
+        self.pages.get_buffer("mass").zero_()
 
     def compress(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, which: Tensor) -> dict[str, Tensor]:
         pos = slots["pos"]

@@ -126,7 +126,7 @@ def paged_scores(q: Tensor, q_pos: Tensor, slots: PagedSlots) -> Tensor:
 
 def paged_parts(q: Tensor, q_pos: Tensor, slots: PagedSlots) -> Parts:
     """`slot_parts` over pages: each page is a sum of its own, and a head adds up its pages."""
-    (B, _, T, D), heads, table = q.shape, slots.table.shape[0], slots.table.long()
+    (B, _, _, D), heads, table = q.shape, slots.table.shape[0], slots.table.long()
     score = paged_scores(q, q_pos, slots)
     top = score.amax(-1)[table].amax(1)  # (B G, R, T)
     e = (score - finite(top)[slots.owner.long()][..., None]).exp()

@@ -1,8 +1,8 @@
 """`snapkv`: what the last queries of the prompt attend to, and its last tokens (SnapKV, arXiv 2404.14469).
 
     score_i = sum over the last W = 64 queries of the attention that token i got, averaged with its neighbours (5 tokens)
-The best budget - W scores stay, and the last W tokens. Scores of a group's query heads are added up. The paper compresses once, at the end of
-the prompt, and keeps decoded tokens: when=prompt, the default here. In `decode` and `stream` the same look is taken at every block.
+The best budget - W scores stay, and the last W tokens. Scores of a group's query heads are added up. The paper compresses once, at the end
+of the prompt, and keeps decoded tokens: when=prompt, the default here. In `decode` and `stream` the same look is taken at every block.
 exact when: budget >= tokens. cost: `budget` slots read a step and, while a prompt is read (later, too, unless when=prompt), the last W
 queries: W H D numbers a layer. No attention mass is added up in a step.
 """

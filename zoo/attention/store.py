@@ -1,4 +1,4 @@
-"""Where slots live. Two stores, with the same four verbs: `append` (new tokens), `replace` (what a method made of old ones), `free`, `read`.
+"""Where slots live. Two stores, with the same verbs: `append` (new tokens), `replace` (what a method made of old ones), `free`, `read`.
 
     SlotStore   every head owns the same number of rows: dense (B, G, S, D). New tokens always arrive here.
     Pages       every layer and head owns as many pages of 32 rows as it needs, out of one arena that all layers share: (P, 32, D).
@@ -16,8 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from zoo.attention.slots import PAGE, PagedSlots, Slots
-
+from zoo.attention.slots import PAGE, Slots
 
 EMPTY = {"pos": -1, "a": -math.inf}  # what a page's row without a slot says
 
@@ -120,7 +119,7 @@ class Pages(nn.Module):
     pos: Tensor
     a: Tensor
     share: Tensor  # (L, B, G) int32: pages of each head
-    OPEN: ClassVar[Mapping[str, int]] = {}  # filled per object: buffer -> the dimension that may grow
+    OPEN: Mapping[str, int]  # buffer -> the dimension that may grow
 
     def __init__(
         self,
