@@ -2,6 +2,7 @@
 
     pip install -e '.[plots]'
     python scripts/draw_subgen.py --text FILE                                   # the embedded model, 8,191 tokens: about 15 minutes
+    python scripts/draw_subgen.py --text FILE --only clusters                   # one figure and its numbers anew; or growth, estimator
     python scripts/draw_subgen.py --text FILE --every 5                         # every fifth layer only
     python scripts/draw_subgen.py --text FILE --quick --model FOLDER --out OUT  # a smoke run of seconds, on a small model
 
@@ -41,11 +42,13 @@ from torch import Tensor
 import zoo
 from zoo.attention import Budget, SubGen
 from zoo.attention.cache import NoCache
+from zoo.attention.clustering import coverage
 from zoo.attention.slots import Parts, Slots, finish, slot_parts
 from zoo.attention.subgen import SubGenCache
 from zoo.attention.subgen_paper import SubGenPaper
 
 FRACTIONS = (0.6, 0.8)  # of the median distance
+PARTS = ("clusters", "growth", "estimator")
 SIDES = ("before", "after")  # the rotary embedding
 BLUE, ORANGE, GREY = "#0b62a4", "#c4570b", "#8a8a8a"
 
@@ -61,9 +64,9 @@ class Plan:
     share: float = 6.25  # `subgen`'s budget, % of the prompt
     delta: float = 12.0  # Algorithm 1's
     ts: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)  # at the s of `beside`
-    ss: tuple[int, ...] = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)  # at the t of `beside`
+    ss: tuple[int, ...] = (16, 64, 256, 1024, 4096, 16384, 65536)  # at the t of `beside`
     beside: tuple[int, int] = (16, 256)  # t, s
-    seeds: int = 4
+    seeds: int = 3
 
 
 QUICK = Plan(tokens=320, smallest=32, prompt=256, queries=8, share=25.0, ts=(1, 4), ss=(4, 64), beside=(4, 64), seeds=2)
@@ -122,7 +125,7 @@ def distances(x: Tensor) -> Tensor:
     """Between all pairs of x (N, F): (N, N) float32."""
     square = x.square().sum(1)
     d = torch.addmm(square[None], x, x.T, alpha=-2)
-    return d.add_(square[:, None]).clamp_(min=0).sqrt_()
+    return d.add_(square[:, None]).clamp_(min=0).sqrt_().fill_diagonal_(0)
 
 
 def median_distance(d: Tensor, n: int) -> float:
@@ -241,7 +244,8 @@ class Clusters:
     head: int
     pos: Tensor
     label: Tensor
-    within: dict[str, float] = field(default_factory=dict)  # the share of the keys' variance that is within clusters
+    within: dict[str, float] = field(default_factory=dict)  # the share of the keys' variance that is within these clusters
+    own: dict[str, float] = field(default_factory=dict)  # the same of as many clusters that are made of each side's keys
 
 
 @torch.no_grad()
@@ -262,9 +266,17 @@ def clusters(lm: Any, ids: Sequence[int], run: Run, plan: Plan) -> list[Clusters
             label, pos = label[pos >= 0], pos[pos >= 0]
             alone = label.bincount(minlength=int(label.max()) + 1)[label] == 1  # first and heavy tokens, and outliers
             one = Clusters(i, head, pos, torch.where(alone, -1, label))
-            one.within = {side: within(x[pos], one.label) for side, x in sides(lm, k).items()}
+            for side, x in sides(lm, k).items():
+                one.within[side] = within(x[pos], one.label)
+                one.own[side] = within(x[pos[one.label >= 0]], covered(x[pos[one.label >= 0]], len(one.label[one.label >= 0].unique())))
             out.append(one)
     return out
+
+
+def covered(x: Tensor, count: int) -> Tensor:
+    """Labels (N,) of `count` clusters of x (N, D), found as `subgen` does it, but without weights."""
+    alive, number = torch.ones(1, 1, len(x), dtype=torch.bool), torch.tensor([[count]])
+    return coverage(x[None, None], alive, number, torch.zeros(1, 1, len(x)), number // 4)[0, 0]
 
 
 def within(x: Tensor, label: Tensor) -> float:
@@ -278,6 +290,21 @@ def within(x: Tensor, label: Tensor) -> float:
 def median_head(all_: Sequence[Clusters]) -> Clusters:
     """The head of median `within` before the rotary embedding (the lower one of two)."""
     return sorted(all_, key=lambda c: c.within["before"])[(len(all_) - 1) // 2]
+
+
+def clusters_summary(all_: Sequence[Clusters], plan: Plan) -> dict[str, Any]:
+    one = median_head(all_)
+
+    def mean(which: str) -> dict[str, float]:
+        return {side: round(sum(getattr(c, which)[side] for c in all_) / len(all_), 3) for side in SIDES}
+
+    return {
+        "prompt": plan.prompt,
+        "budget, %": plan.share,
+        "variance within clusters, mean over heads": mean("within"),
+        "the same, each side clustered by itself": mean("own"),
+        "drawn": {"layer": one.layer, "head": one.head, "within": {side: round(x, 3) for side, x in one.within.items()}},
+    }
 
 
 # Algorithm 1
@@ -341,33 +368,34 @@ def estimator(run: Run, plan: Plan) -> dict[str, Any]:
     each in log-log; and `spread`, mean and median over heads and queries."""
     step = max(1, len(run.layers) // 5)
     layers = range(step // 2, len(run.layers), step)
-    k, v, q = (torch.cat([x[i] for i in layers]).float() for x in (run.k, run.v, run.q))
-    k, v, q = k[:, : plan.prompt], v[:, : plan.prompt], q[None]
-    pos = plan.prompt + torch.arange(q.shape[2])[None]
-    everything = torch.arange(plan.prompt, dtype=torch.int32).expand(1, len(k), -1)
-    exact = slot_parts(q, pos, Slots(k[None], v[None], everything))
-    out: dict[str, Any] = {"keys": plan.prompt, "delta": plan.delta, "layers": [run.layers[i] for i in layers], "heads": len(k)}
+    data = [(run.q[i].float(), run.k[i][:, : plan.prompt].float(), run.v[i][:, : plan.prompt].float()) for i in layers]
+    pos = plan.prompt + torch.arange(plan.queries)[None]
+    held = torch.arange(plan.prompt, dtype=torch.int32)
+    exact = [slot_parts(q[None], pos, Slots(k[None], v[None], held.expand(1, len(k), -1))) for q, k, v in data]
+    out: dict[str, Any] = {"keys": plan.prompt, "delta": plan.delta, "layers": [run.layers[i] for i in layers]}
     for name, values in (("t", plan.ts), ("s", plan.ss)):
         rows: dict[str, dict[str, list[float]]] = {}
         for value in values:
             t, s = (value, plan.beside[1]) if name == "t" else (plan.beside[0], value)
             found: dict[str, list[Tensor]] = {}
             for seed in range(plan.seeds):
-                slots = absorbed(k, v, plan.delta, t, s, seed)
-                for what, e in errors(q, pos, slots, exact).items():
-                    found.setdefault(what, []).append(e.double().flatten())
+                for i, (q, k, v) in enumerate(data):
+                    slots = absorbed(k, v, plan.delta, t, s, seed * len(data) + i)
+                    for what, e in errors(q[None], pos, slots, exact[i]).items():
+                        found.setdefault(what, []).append(e.double().flatten())
             for what, each in found.items():
                 e, row = torch.cat(each), rows.setdefault(what, {})
                 for how, number in (("mean", e.mean()), ("median", e.median()), ("rms", e.square().mean().sqrt())):
                     row.setdefault(how, []).append(rounded(float(number)))
             print(f"estimator: {name}={value}", file=sys.stderr, flush=True)
         slopes = {what: {how: round(exponent(values, e), 3) for how, e in row.items()} for what, row in rows.items()}
+        for what, row in rows.items():
+            slopes[what] |= {f"{how}, last two": round(exponent(values[-2:], row[how][-2:]), 3) for how in ("mean", "median")}
         beside = {"s": plan.beside[1]} if name == "t" else {"t": plan.beside[0]}
         out[name] = {"values": list(values), "beside": beside, **rows, "slopes": slopes}
-    out["clusters a head"] = round(int(((slots.b > -torch.inf) & (slots.pos >= 0)).sum()) / plan.beside[0] / len(k), 1)
-    expected = spread(q[0], k, v, plan.delta)
+    expected = [spread(q, k, v, plan.delta) for q, k, v in data]
     for what, root in (("denominator", "t"), ("numerator", "s")):
-        e = expected[what]
+        e = torch.cat([x[what].flatten() for x in expected])
         out[f"variance says, {what} sqrt({root})"] = {"mean": rounded(float(e.mean())), "median": rounded(float(e.median()))}
     return out
 
@@ -411,15 +439,14 @@ def draw_clusters(plt: Any, path: Path, lm: Any, run: Run, one: Clusters, plan: 
             mine = one.label == c
             axis.scatter(*at[mine].T, s=20, color=plt.get_cmap("tab10")(i + (i > 6)), linewidths=0, label=f"{int(mine.sum())} tokens")
         axis.set_title(f"{side} the rotary embedding: {one.within[side]:.0%} of the variance\nis within clusters", fontsize=11)
-        axis.set_xlabel(f"first principal component (units of a key; both: {share:.0%} of the variance)")
-        axis.set_ylabel("second principal component (units of a key)")
+        axis.set_xlabel(f"first principal component, in units of a key\n(the two components hold {share:.0%} of the variance)")
+        axis.set_ylabel("second principal component, in units of a key")
         axis.set_aspect("equal", adjustable="datalim")
     axes[1].legend(fontsize=8, title=f"the {len(big)} largest clusters", title_fontsize=8, framealpha=0.9)
-    count = len(one.label[one.label >= 0].unique())
-    verb = "hold together" if one.within["before"] < one.within["after"] else "hold no better together"
+    count, gone = len(one.label[one.label >= 0].unique()), [1 - one.within[side] for side in SIDES]
     figure.suptitle(
-        f"Clusters of similar keys {verb} before the rotary embedding\n"
-        f"(layer {one.layer}, head {one.head}: the median head; {count} clusters of {plan.prompt:,} tokens at {plan.share:g} %)",
+        f"`subgen`'s clusters explain {gone[0]:.0%} of the variance of keys before the rotary embedding, {gone[1]:.0%} after it\n"
+        f"(layer {one.layer}, head {one.head}, the median head; {count} clusters, {plan.prompt:,} tokens, budget {plan.share:g} %)",
         fontsize=12.5,
     )
     figure.tight_layout()
@@ -462,23 +489,23 @@ def draw_estimator(plt: Any, path: Path, found: dict[str, Any]) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.9))
     for axis, name, sum_ in zip(axes, ("t", "s"), ("denominator", "numerator"), strict=True):
         row, values = found[name], found[name]["values"]
-        for what, colour, mark in (("denominator", BLUE, "o-"), ("output", ORANGE, "s-")):
-            label = f"{what}, mean: slope {row['slopes'][what]['mean']:.2f}"
-            axis.loglog(values, row[what]["mean"], mark, color=colour, label=label, markersize=5)
+        for what, how, colour, mark in ((sum_, "mean", BLUE, "o-"), (sum_, "median", BLUE, "o--"), ("output", "mean", ORANGE, "s-")):
+            label = f"{what}, {how}: slope {row['slopes'][what][how]:.2f}"
+            axis.loglog(values, row[what][how], mark, color=colour, label=label, markersize=5)
         scale = found[f"variance says, {sum_} sqrt({name})"]["mean"]
         label = f"slope -1/2: what the {sum_}'s\nvariance says, {scale:.3g} / sqrt({name})"
         axis.plot(values, [scale * x**-0.5 for x in values], color=GREY, linestyle=":", label=label)
-        ticks(axis, values if len(values) < 8 else values[::2])
+        ticks(axis, values)
         beside = ", ".join(f"{k} = {v:,}" for k, v in row["beside"].items())
         axis.set_title(f"against {name}, at {beside}", fontsize=11)
         axis.set_xlabel("samples of a cluster, t" if name == "t" else "samples of values, s")
         axis.set_ylabel("relative error (1 = as large as the true value)")
         axis.legend(fontsize=8.5)
-    last = found["s"]["output"]["mean"][-1]
-    slopes = [found[x]["slopes"][what]["mean"] for x, what in (("t", "denominator"), ("s", "output"))]
+    row, keys = found["s"], found["keys"]
+    i = next((i for i, s in enumerate(row["values"]) if s >= keys), len(row["values"]) - 1)
     figure.suptitle(
-        f"Algorithm 1: the denominator's error falls like t^{slopes[0]:.2f}, the output's like s^{slopes[1]:.2f}\n"
-        f"and is still {last:.0%} of the output with s = {found['s']['values'][-1]:,} for {found['keys']:,} keys",
+        f"Algorithm 1's output is off by {row['output']['mean'][i]:.0%} with s = {row['values'][i]:,} samples for {keys:,} keys;\n"
+        f"the numerator's error falls with slope {row['slopes']['numerator']['mean, last two']:.2f} from s = {row['values'][-2]:,} on",
         fontsize=12,
     )
     figure.tight_layout()
@@ -494,6 +521,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     p.add_argument("--every", type=int, default=1, help="look at every so many layers")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "docs" / "methods", help="folder")
+    p.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="PART", help=f"of {', '.join(PARTS)}")
     p.add_argument("--quick", action="store_true", help="a smoke run")
     p.add_argument("--no-figures", action="store_true", help="numbers only, without matplotlib")
     args = p.parse_args(argv)
@@ -512,33 +540,34 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"{args.text} has {len(ids)} tokens; {plan.tokens} are needed")
     layers = range(0, lm.config.num_hidden_layers, args.every)
     run = read(lm, ids, layers, slice(plan.prompt, plan.prompt + plan.queries))
-    every = clusters(lm, ids, run, plan)
-    found = estimator(run, plan)
-    grown = growth(lm, run, plan)
-    one = median_head(every)
-    of = {side: round(sum(c.within[side] for c in every) / len(every), 3) for side in SIDES}
-    numbers = {
+    args.out.mkdir(parents=True, exist_ok=True)
+    file, figure = args.out / "growth.json", lambda name: args.out / f"{name}.png"
+    about = {
         "model": Path(args.model).name,
         "dtype": args.dtype,
         "text": Path(args.text).name,
         "tokens": plan.tokens,
         "torch": torch.__version__,
-        "clusters": {
-            "prompt": plan.prompt,
-            "budget, %": plan.share,
-            "variance within clusters, mean over heads": of,
-            "drawn": {"layer": one.layer, "head": one.head, "within": {side: round(x, 3) for side, x in one.within.items()}},
-        },
-        "growth": grown,
-        "estimator": found,
-        "theorem": theorem(run, grown),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "growth.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    if not args.no_figures:
-        draw_clusters(plt, args.out / "clusters.png", lm, run, one, plan)
-        draw_growth(plt, args.out / "growth.png", grown)
-        draw_estimator(plt, args.out / "estimator.png", found)
+    numbers = json.loads(file.read_text()) if file.exists() else {}
+    if set(args.only) != set(PARTS) and {k: numbers.get(k) for k in about} != about:
+        sys.exit(f"{file} is not of this run ({about}): leave out --only")
+    numbers |= about
+    if "clusters" in args.only:
+        every = clusters(lm, ids, run, plan)
+        one, numbers["clusters"] = median_head(every), clusters_summary(every, plan)
+        if not args.no_figures:
+            draw_clusters(plt, figure("clusters"), lm, run, one, plan)
+    if "estimator" in args.only:
+        numbers["estimator"] = estimator(run, plan)
+        if not args.no_figures:
+            draw_estimator(plt, figure("estimator"), numbers["estimator"])
+    if "growth" in args.only:
+        numbers["growth"] = growth(lm, run, plan)
+        numbers["theorem"] = theorem(run, numbers["growth"])
+        if not args.no_figures:
+            draw_growth(plt, figure("growth"), numbers["growth"])
+    file.write_text(json.dumps(numbers, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from zoo.attention.slots import (
     Parts,
     Slots,
     attention,
+    chunk_mass,
     finish,
     flash_pages,
     flash_slots,
@@ -46,6 +47,7 @@ from zoo.errors import ZooError
 SINKS = 4  # the first tokens of a sequence, which models attend to whatever they say (StreamingLLM, arXiv 2309.17453)
 GROWING = 2**40  # rows of a ring that never wraps
 QUARTER = Budget(25, percent=True, least=256)
+MASSES = ("mass", "spikes")  # what a method may have added up beside tokens and slots
 WHEN = ("prompt", "decode", "stream")
 
 
@@ -63,7 +65,8 @@ class Budgeted(Attention):
 
     exact_when: ClassVar[str] = "budget >= tokens"
     least: ClassVar[int] = 128  # slots in `decode` and `stream`: recent tokens, the ring, and one page; half of it in `prompt`
-    observes: ClassVar[int] = 0  # every how many queries the attention that slots get is added up; 0 = never
+    observes: ClassVar[int] = 0  # after the prompt, every how many queries the attention that slots get is added up; 0 = never
+    powers: ClassVar[dict[str, int]] = {"mass": 1}  # what is added up: probabilities, and for `spikes` their squares
     extra: ClassVar[dict[str, torch.dtype]] = {}  # one number each beside a settled slot
 
     def __post_init__(self) -> None:
@@ -82,6 +85,11 @@ class Budgeted(Attention):
     @property
     def floor(self) -> int:
         return self.least // 2 if self.when == "prompt" else self.least
+
+    @property
+    def beside(self) -> list[str]:
+        """Which masses are added up."""
+        return [name for name in MASSES if name in self.extra]
 
     @property
     def block(self) -> int:
@@ -129,8 +137,9 @@ class BudgetedCache(Cache):
     listed: Tensor  # (N,) this layer's pages      owner (N,) whose each is      table (B G, J) where each head's pages are listed
     owner: Tensor
     table: Tensor
-    mass: Tensor | None  # (N, PAGE): attention that settled slots got since the last `maintain`
-    OPEN: ClassVar[dict[str, int]] = {"listed": 0, "owner": 0, "table": 1, "mass": 0}
+    mass: Tensor | None  # (N, PAGE): attention that settled slots got since the last `maintain`, and its squares
+    spikes: Tensor | None
+    OPEN: ClassVar[dict[str, int]] = {"listed": 0, "owner": 0, "table": 1, "mass": 0, "spikes": 0}
 
     def __init__(self, method: Budgeted, index: int, pages: Pages, rotary: Any, config: Any, batch: int, dtype: Any, device: Any) -> None:
         super().__init__()
@@ -138,19 +147,20 @@ class BudgetedCache(Cache):
         self.rotary = [rotary]  # the model's module, in a list so that it is not part of this cache's state
         self.window = config.sliding_window
         self.store = SlotStore(
-            batch, config.num_key_value_heads, 2, config.head_dim, dtype, device, shared=True, mass="mass" in method.extra
+            batch, config.num_key_value_heads, 2, config.head_dim, dtype, device, shared=True, beside=method.beside
         )
         for name, value in (("recent", 0), ("ring", GROWING), ("origin", 0)):
             self.register_buffer(name, torch.full((batch,), value, dtype=torch.int64, device=device))
-        for name in ("listed", "owner", "table", "mass"):
+        for name in ("listed", "owner", "table", "mass", "spikes"):
             self.register_buffer(name, None)
         self.list_pages()
 
     def list_pages(self) -> None:
         """Look up this layer's pages, after they were laid out anew."""
         self.listed, self.owner, self.table = self.pages.lists(self.index, avoid=self.store.rows)
-        if "mass" in self.pages.fields:
-            self.mass = torch.zeros(len(self.listed), PAGE, device=self.listed.device)
+        for name in MASSES:
+            if name in self.pages.fields:
+                setattr(self, name, torch.zeros(len(self.listed), PAGE, device=self.listed.device))
 
     # A step
 
@@ -179,19 +189,27 @@ class BudgetedCache(Cache):
         return PagedSlots(p.k, p.v, p.pos, p.a, self.listed, self.owner, self.table, spans, self.window)
 
     def observe(self, q: Tensor, pos: Tensor, whole: Parts, tail: Slots, settled: PagedSlots | None) -> None:
-        """Add up the attention that slots get, from every `observes`-th query by position; never more than those queries x slots."""
-        counts = (pos >= 0) & (pos % self.method.observes == 0)
-        if not torch.compiler.is_compiling():
+        """Add up the attention that slots get, to the method's `powers`: from all queries of a prompt, and from every `observes`-th one later,
+        by position, which then stands for as many. Never more than the queries of one call x slots."""
+        every = 1 if self.prompt_open else self.method.observes
+        counts = (pos >= 0) & (pos % every == 0)
+        eager = not torch.compiler.is_compiling()
+        if every > 1 and eager:
             columns = counts.any(0).nonzero()[:, 0]
             if not len(columns):
                 return
-            if len(columns) < len(counts[0]):
-                q, pos, counts = q[:, :, columns], pos[:, columns], counts[:, columns]
-                whole = Parts(*(x[:, :, :, columns] for x in whole))
-        assert self.store.mass is not None
-        self.store.mass.add_(slot_mass(q, pos, tail, whole, counts))
-        if settled is not None and self.mass is not None:
-            self.mass.add_(paged_mass(q, pos, settled, whole, counts))
+            q, pos, counts = q[:, :, columns], pos[:, columns], counts[:, columns]
+            whole = Parts(*(x[:, :, :, columns] for x in whole))
+        weight, powers = counts * every, self.method.powers
+        if every == 1 and pos.shape[1] > 1 and eager:
+            sums = chunk_mass(q, pos, tail, whole, tuple(powers.values()))
+        else:
+            sums = [slot_mass(q, pos, tail, whole, weight, power) for power in powers.values()]
+        for (name, power), new in zip(powers.items(), sums, strict=True):
+            getattr(self.store, name).add_(new)
+            mine = getattr(self, name)
+            if settled is not None and mine is not None:
+                mine.add_(paged_mass(q, pos, settled, whole, weight, power))
 
     def reserve(self, ends: Tensor, most: int | None) -> Tensor:
         growing = self.ring == GROWING  # what is a ring has all the rows it needs
@@ -207,16 +225,19 @@ class BudgetedCache(Cache):
     def settled(self) -> dict[str, Tensor]:
         """This layer's settled slots, padded to the longest head (`Pages.read`), their mass up to date."""
         slots = self.pages.read(self.index)
-        if self.mass is not None and "mass" in slots and any(self.pages.count[self.index]):
-            fresh = self.mass[self.table.long()].view(*slots["pos"].shape[:2], -1)
-            slots["mass"] = slots["mass"] + fresh[:, :, : slots["pos"].shape[2]]
+        for name in MASSES:
+            new = getattr(self, name)
+            if new is not None and any(self.pages.count[self.index]):
+                fresh = new[self.table.long()].view(*slots["pos"].shape[:2], -1)
+                slots[name] = slots[name] + fresh[:, :, : slots["pos"].shape[2]]
         return slots
 
     def put(self, slots: dict[str, Tensor]) -> None:
         """Write settled slots."""
         self.pages.replace(self.index, slots)
-        if self.mass is not None:
-            self.mass.zero_()
+        for name in MASSES:
+            if (new := getattr(self, name)) is not None:
+                new.zero_()
 
     def candidates(self, seen: Tensor, which: Tensor) -> dict[str, Tensor]:
         """The settled slots of all sequences, and, of those that `which` (B,) names, what is older than the recent tokens at lengths seen
@@ -233,8 +254,9 @@ class BudgetedCache(Cache):
             "a": torch.zeros(shape, device=s.k.device),
             "pos": torch.where(old, pos, -1)[:, None, rows].expand(shape),
         }
-        if s.mass is not None:  # what a method does not keep beside settled slots serves `fresh` alone
-            tail["mass"] = s.mass[:, :, rows]
+        for name in MASSES:
+            if (beside := getattr(s, name)) is not None:
+                tail[name] = beside[:, :, rows]
         tail |= self.fresh(tail, seen)
         both = {name: torch.cat((t, tail[name].to(t.dtype)), 2) for name, t in slots.items()}
         if self.window is not None:
@@ -289,8 +311,9 @@ class BudgetedCache(Cache):
 
     def used(self) -> int:
         small = sum(t.nbytes for t in (self.recent, self.ring, self.origin, self.listed, self.owner, self.table))
-        mass = 0 if self.store.mass is None else 4 * self.store.mass.shape[1] * int((self.store.pos >= 0).sum())
-        mass += 0 if self.mass is None else self.mass.nbytes
+        kept = sum(getattr(self.store, name) is not None for name in MASSES)
+        mass = 4 * kept * self.store.k.shape[1] * int((self.store.pos >= 0).sum())
+        mass += sum(new.nbytes for name in MASSES if (new := getattr(self, name)) is not None)
         return super().used() + self.pages.used(self.index) + small + mass
 
     def slots(self) -> Slots:

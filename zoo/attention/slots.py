@@ -159,25 +159,48 @@ def finish(parts: Parts, dtype: torch.dtype) -> Tensor:
     return out.reshape(B, G * R, T, D).to(dtype)
 
 
-def slot_mass(q: Tensor, q_pos: Tensor, slots: Slots, whole: Parts, queries: Tensor | None = None) -> Tensor:
-    """The probability (by denominator weight) that each of `slots` received out of `whole`, its own part or one it was merged into, summed
-    over queries and over the group's query heads: (B, G, S) float32. `queries` (B, T): how much each query counts."""
+def slot_mass(q: Tensor, q_pos: Tensor, slots: Slots, whole: Parts, queries: Tensor | None = None, power: int = 1) -> Tensor:
+    """The probability (by denominator weight) that each of `slots` received out of `whole`, its own part or one it was merged into, raised to
+    `power` and summed over queries and over the group's query heads: (B, G, S) float32. `queries` (B, T): how much each query counts."""
     score, logweight = slot_scores(q, q_pos, slots), slots.a if slots.b is None else slots.b
     score = score if logweight is None else score + logweight[:, :, None, None]
-    prob = (score - finite(whole.max_den)[..., None]).exp() * per_query(whole, queries)[..., None]
+    prob = (power * (score - finite(whole.max_den)[..., None])).exp() * per_query(whole, queries, power)[..., None]
     return prob.sum((2, 3))
 
 
-def paged_mass(q: Tensor, q_pos: Tensor, slots: PagedSlots, whole: Parts, queries: Tensor | None = None) -> Tensor:
+def paged_mass(q: Tensor, q_pos: Tensor, slots: PagedSlots, whole: Parts, queries: Tensor | None = None, power: int = 1) -> Tensor:
     """`slot_mass` of pages: (N, PAGE)."""
     owner = slots.owner.long()
-    top, scale = finite(whole.max_den).flatten(0, 1)[owner], per_query(whole, queries).flatten(0, 1)[owner]
-    return ((paged_scores(q, q_pos, slots) - top[..., None]).exp() * scale[..., None]).sum((1, 2))
+    top, scale = finite(whole.max_den).flatten(0, 1)[owner], per_query(whole, queries, power).flatten(0, 1)[owner]
+    return ((power * (paged_scores(q, q_pos, slots) - top[..., None])).exp() * scale[..., None]).sum((1, 2))
 
 
-def per_query(whole: Parts, queries: Tensor | None) -> Tensor:
-    """1 / den, times how much a query counts: (B, G, R, T)."""
-    scale = 1 / whole.den.where(whole.den > 0, torch.inf)
+def chunk_mass(q: Tensor, q_pos: Tensor, slots: Slots, whole: Parts, powers: Sequence[int] = (1,)) -> list[Tensor]:
+    """`slot_mass` of a long chunk over slots without log-weights, for powers 1 or 1 and 2: matrix products in the model's own dtype, and only
+    the columns that some query may not see are masked. In bfloat16 a sum is right to about a percent."""
+    (B, _, T, D), (G, S) = q.shape, slots.k.shape[1:3]
+    lse = (whole.max_den + whole.den.log()).where(whole.den > 0, torch.inf)
+    high = lse.clamp(max=1e4).to(q.dtype)
+    low = (lse.clamp(max=1e4) - high.to(lse.dtype)).to(q.dtype)  # two columns say -lse better than one
+    left = torch.cat((q.view(B, G, -1, T, D) * D**-0.5, -high[..., None], -low[..., None]), -1).flatten(2, 3)
+    prob = left @ torch.cat((slots.k, slots.k.new_ones(B, G, S, 2)), -1).mT  # (B, G, R T, S): logarithms, for now
+    seen = visible(q_pos, slots)
+    held = (slots.pos >= 0).any(1)  # (B, S)
+    hidden = (~seen.any(1).all(1) & held).any(0).nonzero()
+    if len(hidden):
+        first = int(hidden[0])
+        prob.unflatten(2, (-1, T))[..., first:].masked_fill_(~seen[:, :, None, :, first:], -torch.inf)
+    weight = (q_pos >= 0).to(q.dtype)[:, None, None].expand(B, G, prob.shape[2] // T, T).reshape(B, G, 1, -1)
+    prob.exp_()
+    sums = [weight @ prob]
+    if len(powers) > 1:
+        sums.append(weight @ prob.square_())
+    return [x[:, :, 0].to(torch.float32).where(held[:, None], 0) for x in sums]
+
+
+def per_query(whole: Parts, queries: Tensor | None, power: int) -> Tensor:
+    """1 / den ** power, times how much a query counts: (B, G, R, T)."""
+    scale = 1 / whole.den.where(whole.den > 0, torch.inf) ** power
     return scale if queries is None else scale * queries[:, None, None]
 
 

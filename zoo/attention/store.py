@@ -10,7 +10,7 @@ Letters: B batch, G key/value heads, S rows, D head size, L layers, P pages, J p
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +31,7 @@ class SlotStore(nn.Module):
 
     Row 0 swallows what padding writes: its position stays -1, so it is never seen, and a write needs no branch.
     `shared=True`: all heads hold the same tokens, so that one row of positions (B, 1, S) serves them and there are no log-weights.
-    `mass=True` keeps beside each row the attention that its token got (float32).
+    `beside` names what is kept beside each row, one float32 each: the attention that its token got, `mass` and `spikes`.
     The buffers are views of the first S rows of storages that may be longer: a step reads what is there, not what is allocated.
     """
 
@@ -40,18 +40,28 @@ class SlotStore(nn.Module):
     pos: Tensor
     a: Tensor | None
     mass: Tensor | None
-    OPEN: ClassVar[Mapping[str, int]] = {"k": 2, "v": 2, "pos": 2, "a": 2, "mass": 2}  # the dimension of each buffer that may grow
-    OPTIONAL: ClassVar[frozenset[str]] = frozenset(["mass"])  # buffers that come and go with a method's needs
+    spikes: Tensor | None
+    OPEN: ClassVar[Mapping[str, int]] = dict.fromkeys(("k", "v", "pos", "a", "mass", "spikes"), 2)  # the dimension of each that may grow
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset(["mass", "spikes"])  # buffers that come and go with a method's needs
 
     def __init__(
-        self, batch: int, heads: int, rows: int, head_dim: int, dtype: torch.dtype, device: Any, shared: bool, mass: bool = False
+        self,
+        batch: int,
+        heads: int,
+        rows: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: Any,
+        shared: bool,
+        beside: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.register_buffer("k", torch.zeros(batch, heads, rows, head_dim, dtype=dtype, device=device))
         self.register_buffer("v", torch.zeros(batch, heads, rows, head_dim, dtype=dtype, device=device))
         self.register_buffer("pos", torch.full((batch, 1 if shared else heads, rows), -1, dtype=torch.int32, device=device))
         self.register_buffer("a", None if shared else torch.zeros(batch, heads, rows, device=device))
-        self.register_buffer("mass", torch.zeros(batch, heads, rows, device=device) if mass else None)
+        for name in ("mass", "spikes"):
+            self.register_buffer(name, torch.zeros(batch, heads, rows, device=device) if name in beside else None)
 
     @property
     def rows(self) -> int:
@@ -76,7 +86,7 @@ class SlotStore(nn.Module):
         self.k.index_put_(where, k)
         self.v.index_put_(where, v)
         self.pos.index_put_((b, g[:, : self.pos.shape[1]], row[:, None]), pos[:, None].to(torch.int32).expand(-1, self.pos.shape[1], -1))
-        for beside in (self.a, self.mass):
+        for beside in (self.a, self.mass, self.spikes):
             if beside is not None:
                 beside.index_put_(where, torch.zeros((), device=k.device))
 

@@ -7,7 +7,7 @@ grow in step with the tokens; rotated *back* by their position they do cluster. 
 the mean of the rotated ones.
 
 slots, in each layer and head:  the first 4 tokens and the recent ones (an eighth of the budget), exact
-                                the tokens that got most attention (0.29 of what is left), exact
+                                the tokens that got most attention (half of what is left), exact
                                 everything else in clusters, nothing dropped: outliers have a cluster of their own (`coverage`)
 Heads own different numbers of slots: one global delta asks how many centres each needs, so that no un-rotated key is farther than that from
 one (heads=prompt; table: the same from another text, `python -m zoo.calibrate subgen`; uniform: all alike).
@@ -16,11 +16,11 @@ in as clusters of one, and the cheapest pairs by Ward's criterion merge until th
 delta=D, in the unit of keys, instead of a budget: as many clusters as it takes to have no un-rotated key farther than D from its centre.
 Their number then grows as the text asks, sublinearly where keys cluster: the paper's promise.
 
-scores=attention: which tokens are heavy is measured, from every 8th query. scores=expected: estimated from the queries' mean and covariance,
-as u is; no attention mass at all.
-exact when: budget >= tokens. cost: `budget` slots read a step. Beside a slot: its count, position, mean position, weight and rate, and, unless
-when=prompt, the mass it got and 16 principal coordinates of its un-rotated key, charged to the budget.
-Query statistics (H D^2 numbers a layer) are kept while a prompt is read, and with scores=expected. A cluster carries the position of its
+scores=attention: which tokens are heavy is measured, from all queries of a prompt and every 8th one later: half of them by the attention
+that they got on average, half by its squares. scores=expected: estimated from the queries' mean and covariance, as u is; no mass at all.
+exact when: budget >= tokens. cost: `budget` slots read a step. Beside a slot: its count, position, mean position, weight and the attention that it got, and,
+unless when=prompt, 16 principal coordinates of its un-rotated key, charged to the budget.
+Query statistics (H D^2 numbers a layer, from every 8th query) are kept while a prompt is read; their means and main directions later. A cluster carries the position of its
 newest token, and leaves a model's sliding window with it; it is not decremented before.
 """
 
@@ -42,9 +42,8 @@ from zoo.attention.store import Pages
 from zoo.attention.tables import load_shares
 
 FEATURES = 16  # principal coordinates of an un-rotated key that are kept beside a cluster
-HEAVY = 0.25 * 1.15  # of a head's slots: tokens of most attention
+HEAVY = 0.5  # of a head's slots: tokens that got most attention
 AHEAD = range(0, 512, 32)  # how far ahead of the newest token the expected attention looks
-MEMORY = 512  # queries over which the attention that a slot gets is averaged
 RANK = 8  # directions of a group's query covariance that outlast the prompt
 LOW, HIGH = 0.3, 2.5  # what a head may own, of the average
 SCORES, HEADS = ("attention", "expected"), ("prompt", "table", "uniform")
@@ -61,7 +60,8 @@ class SubGen(Budgeted):
     seed: int = 0
 
     observes: ClassVar[int] = 8
-    extra: ClassVar[dict[str, torch.dtype]] = dict.fromkeys(("weight", "middle", "rate"), torch.float32)
+    powers: ClassVar[dict[str, int]] = {"mass": 1, "spikes": 2}
+    extra: ClassVar[dict[str, torch.dtype]] = dict.fromkeys(("weight", "middle"), torch.float32)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -75,8 +75,12 @@ class SubGen(Budgeted):
 
     @property
     def measures(self) -> bool:
-        """Whether attention mass is added up at all."""
+        """Whether attention is added up at all."""
         return self.scores == "attention"
+
+    @property
+    def beside(self) -> list[str]:
+        return list(self.powers) if self.measures else []
 
     def features(self, head_dim: int) -> int:
         return min(FEATURES, head_dim) if not self.delta else head_dim
@@ -91,9 +95,7 @@ class SubGen(Budgeted):
         fields = super().fields(config, dtype)
         if self.bounded:
             fields["x"] = (self.features(config.head_dim), dtype)
-            if self.measures:
-                fields["mass"] = (0, torch.float32)
-        return fields
+        return fields | {name: (0, torch.float32) for name in self.beside}
 
     def layer(self, index: int, pages: Pages, rotary: Any, config: Any, batch: int, dtype: torch.dtype, device: Any) -> BudgetedCache:
         return SubGenCache(self, index, pages, rotary, config, batch, dtype, device)
@@ -109,9 +111,8 @@ class SubGenCache(BudgetedCache):
     q_sum: Tensor  # (B, 1, H, D) and q_square (B, 1, H, D, D): sums over every 8th query, un-rotated, and over its outer products; float32
     q_square: Tensor
     q_count: Tensor  # (B,)
-    q_mean: Tensor  # (B, H, D) and q_factor (B, G, D, RANK): what is kept of them afterwards, with scores=expected, for what is to come
+    q_mean: Tensor  # (B, H, D) and q_factor (B, G, D, RANK): what is kept of them afterwards, unless when=prompt
     q_factor: Tensor
-    counted: Tensor  # (B, 2): the positions from which tail tokens' and settled slots' attention has been counted
     OPEN: ClassVar[dict[str, int]] = {**BudgetedCache.OPEN, "q_sum": 1, "q_square": 1}
 
     def __init__(self, method: SubGen, index: int, pages: Pages, rotary: Any, config: Any, batch: int, dtype: Any, device: Any) -> None:
@@ -122,10 +123,9 @@ class SubGenCache(BudgetedCache):
         self.register_buffer("q_sum", torch.zeros(batch, 1, H, D, device=device))
         self.register_buffer("q_square", torch.zeros(batch, 1, H, D, D, device=device))
         self.register_buffer("q_count", torch.zeros(batch, device=device))
-        kept = method.bounded and not method.measures
+        kept = method.bounded
         self.register_buffer("q_mean", torch.zeros(batch, H, D * kept, dtype=dtype, device=device))
         self.register_buffer("q_factor", torch.zeros(batch, G, D * kept, RANK, dtype=dtype, device=device))
-        self.register_buffer("counted", torch.zeros(batch, 2, dtype=torch.int64, device=device))
         self.measure(method.measures)
 
     # What is watched while tokens come in
@@ -134,7 +134,8 @@ class SubGenCache(BudgetedCache):
         """Begin to add up the attention that tail tokens get, or stop and free it."""
         k = self.store.k
         if on != (self.store.mass is not None):
-            self.store.mass = torch.zeros(k.shape[:3], device=k.device) if on else None
+            for name in self.method.powers:
+                setattr(self.store, name, torch.zeros(k.shape[:3], device=k.device) if on else None)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
         if self.prompt_open and not torch.compiler.is_compiling() and self.q_sum.shape[1]:
@@ -162,9 +163,7 @@ class SubGenCache(BudgetedCache):
     def begin_prompt(self, seen: Tensor) -> None:
         if self.method.when != "stream":
             self.forget_queries(False)
-        if self.method.measures and self.store.mass is None:
-            self.measure(True)
-            self.counted[:, 0] = seen
+        self.measure(self.method.measures)
 
     def compressed(self) -> None:
         """Everything that could be turned into slots has been: free what only that needed."""
@@ -173,11 +172,6 @@ class SubGenCache(BudgetedCache):
         self.forget_queries(True)
         if not self.method.bounded:
             self.measure(False)
-
-    def observed(self, start: Tensor, seen: Tensor) -> Tensor:
-        """How many of the queries that are counted stand at positions start .. seen - 1."""
-        n = self.method.observes
-        return (seen + n - 1) // n - (start + n - 1) // n
 
     # Tokens as points
 
@@ -206,18 +200,11 @@ class SubGenCache(BudgetedCache):
 
     def fresh(self, tail: dict[str, Tensor], seen: Tensor) -> dict[str, Tensor]:
         pos = tail["pos"].long()
-        out = {"middle": pos.float(), "mass": torch.zeros_like(tail["a"])}
+        out = {"middle": pos.float(), "weight": torch.ones_like(tail["a"])}
+        out |= {name: torch.zeros_like(tail["a"]) for name in self.method.beside if name not in tail}  # of a time when nothing was measured
         if "x" in self.pages.fields:
             x = self.unrotated(tail, pos)
             out["x"] = x if self.method.delta else x @ self.basis.float()
-        if self.method.measures and "mass" in tail:
-            queries = self.observed(torch.maximum(pos, self.counted[:, :1, None]), seen[:, None, None])
-            out["rate"] = tail["mass"] / queries.clamp(min=1)
-        else:  # looked up where all slots are at hand
-            out["rate"] = torch.zeros_like(out["middle"])
-        size = tail["v"].float().norm(dim=-1)
-        usual = (size * (pos >= 0)).sum(-1, keepdim=True) / (pos >= 0).sum(-1, keepdim=True).clamp(min=1)
-        out["weight"] = out["rate"] / self.group * seen[:, None, None] * size / usual.clamp(min=1e-20) + 0.01
         return out
 
     @property
@@ -283,8 +270,7 @@ class SubGenCache(BudgetedCache):
         pos = slots["pos"].long()
         alive = (pos >= 0) & which[:, None, None]
         count = torch.where(alive, slots["a"].exp().round(), 0)
-        rate = self.current_rate(slots, seen)
-        u, attention = self.weights(slots, seen, count, rate)
+        u, attention = self.weights(slots, seen, count)
         exact = self.exact(pos, count, attention, room)
         rest = alive & ~exact
         clusters = torch.minimum(room - exact.sum(-1), rest.sum(-1))
@@ -292,34 +278,29 @@ class SubGenCache(BudgetedCache):
         noise = random.gumbel(self.method.seed, torch.full_like(heads, self.index), heads, pos)
         label = coverage(self.points(slots, rest), rest, clusters, u.clamp(min=1e-20).log() + noise, clusters // 4)
         label = torch.where(exact, clusters[..., None] + exact.cumsum(-1) - 1, label)
-        new = self.merged(slots | {"weight": u, "rate": rate}, label, torch.where(exact, 1.0, u), count, int(room.max()))
-        self.counted[:, 1] = torch.where(which, seen, self.counted[:, 1])
-        return new
+        return self.merged(slots | {"weight": u}, label, torch.where(exact, 1.0, u), count, int(room.max()))
 
-    def current_rate(self, slots: dict[str, Tensor], seen: Tensor) -> Tensor:
-        """Attention a query, as a moving average over MEMORY queries for settled slots."""
-        if "mass" not in slots:
-            return slots["rate"]
-        queries = self.observed(self.counted[:, 1], seen)[:, None, None]
-        share = (queries * self.method.observes / MEMORY).clamp(max=1)
-        return slots["rate"] + torch.where(slots["mass"] > 0, share * (slots["mass"] / queries.clamp(min=1) - slots["rate"]), 0.0)
-
-    def weights(self, slots: dict[str, Tensor], seen: Tensor, count: Tensor, rate: Tensor) -> tuple[Tensor, Tensor]:
-        """u, and what makes a token heavy: (B, G, N) each, for slots of count tokens."""
+    def weights(self, slots: dict[str, Tensor], seen: Tensor, count: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """u, and by what tokens are heavy: (B, G, N) each, for slots of count tokens. Half of the heavy ones are those that got most attention
+        from the queries that could see them, half those of the greatest squares: that a single query needed, as a name or number is."""
         if self.q_sum.shape[1]:
             expected = self.expected(slots["k"], seen, count)
         else:
-            expected = self.anticipated(slots["k"], seen, count) if self.q_mean.numel() else rate
+            expected = self.anticipated(slots["k"], seen, count)
         w = (expected / self.group + 0.01 * count / count.sum(-1, keepdim=True).clamp(min=1)) * slots["v"].float().norm(dim=-1)
         u = w / (w.sum(-1, keepdim=True) / count.sum(-1, keepdim=True).clamp(min=1)).clamp(min=1e-30) + 0.01 * count
-        return torch.where(count > 0, u, 0.0), rate if self.method.measures else expected
+        could_see = (seen[:, None, None] - slots["pos"]).clamp(min=1)
+        return torch.where(count > 0, u, 0.0), [slots["mass"] / could_see, slots["spikes"]] if self.method.measures else [expected]
 
-    def exact(self, pos: Tensor, count: Tensor, attention: Tensor, room: Tensor) -> Tensor:
-        """Which slots stay as they are (B, G, N): the first tokens, and single ones of most attention."""
+    def exact(self, pos: Tensor, count: Tensor, scores: list[Tensor], room: Tensor) -> Tensor:
+        """Which slots stay as they are (B, G, N): the first tokens, and the single ones of the highest scores, each score's in its turn."""
         single = count == 1
         sink = single & (pos < SINKS)
-        score = torch.where(single & ~sink, attention, -torch.inf)
-        rank = score.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+        rank = torch.full_like(pos, pos.shape[2])
+        for score in scores:
+            order = torch.where(single & ~sink, score, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+            rank = torch.minimum(rank, torch.empty_like(order).scatter_(2, order, torch.arange(pos.shape[2], device=pos.device).expand(pos.shape)))
+        rank = torch.where(single & ~sink, rank, pos.shape[2]).argsort(dim=-1, stable=True).argsort(dim=-1)
         return sink | (single & ~sink & (rank < ((room - SINKS) * HEAVY).long()[..., None]))
 
     def merged(self, slots: dict[str, Tensor], label: Tensor, u: Tensor, count: Tensor, size: int) -> dict[str, Tensor]:
@@ -331,33 +312,24 @@ class SubGenCache(BudgetedCache):
             "pos": latest(label, slots["pos"].long(), size),
             "middle": gathered(label, slots["middle"] * count, size) / n.clamp(min=1),
             "weight": gathered(label, slots["weight"], size),
-            "rate": gathered(label, slots["rate"], size),
         }
         for which, name in enumerate(name for name in ("k", "v", "x") if name in slots):
             mean = gathered(label, slots[name].float() * u[..., None], size) / total
             new[name] = rounded(mean, slots[name].dtype, new["pos"], which)
-        if "mass" in slots:
-            new["mass"] = torch.zeros_like(n)
-        return new
+        return new | {name: gathered(label, slots[name], size) for name in self.method.beside}
 
     def stream(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, due: Tensor) -> dict[str, Tensor]:
         """Tokens that leave the recent ones are clusters of one; as many pairs merge as there are too many slots."""
         pos = slots["pos"].long()
         alive = pos >= 0
         count = torch.where(alive, slots["a"].exp().round(), 0)
-        rate = self.current_rate(slots, seen)
-        if self.method.measures:  # a slot that gets less attention than it used to weighs less
-            weight = slots["weight"] * torch.where(slots["rate"] > 0, (rate / slots["rate"].clamp(min=1e-30)).clamp(0.5, 2.0), 1.0)
-        else:
-            weight, rate = self.weights(slots, seen, count, rate)
-        free = alive & ~self.exact(pos, count, rate, room)
+        weight, attention = self.weights(slots, seen, count)
+        free = alive & ~self.exact(pos, count, attention, room)
         surplus = (alive.sum(-1) - room).clamp(min=0) * due[:, None]
         into = ward(self.points(slots, free), weight, free, surplus)
         first = alive & (into == torch.arange(into.shape[2], device=into.device))
         label = torch.where(alive, (first.cumsum(-1) - 1).gather(2, into), -1)
-        new = self.merged(slots | {"weight": weight, "rate": rate}, label, weight.clamp(min=1e-20), count, max(int(room.max()), 1))
-        self.counted[:, 1] = torch.where(due, seen, self.counted[:, 1])
-        return new
+        return self.merged(slots | {"weight": weight}, label, weight.clamp(min=1e-20), count, max(int(room.max()), 1))
 
     def join(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, due: Tensor) -> dict[str, Tensor]:
         """By delta: a token that leaves the recent ones joins the nearest cluster if that is no farther than delta, and opens one otherwise;
@@ -366,9 +338,9 @@ class SubGenCache(BudgetedCache):
         alive = pos >= 0
         count, x, own = torch.where(alive, slots["a"].exp().round(), 0), self.points(slots, alive), torch.arange(pos.shape[2], device=pos.device)
         new = alive & (own >= max(1, *self.pages.count[self.index]) * PAGE)  # behind the settled ones
-        rate = self.current_rate(slots, seen)
+        weight, attention = self.weights(slots, seen, count)
         open_ = alive & ~new
-        heavy = self.exact(pos, count, rate if self.method.measures else slots["weight"], alive.sum(-1)) & new
+        heavy = self.exact(pos, count, attention, alive.sum(-1)) & new
         into = torch.where(alive, own, -1)
         into, open_ = into.clone(), open_ | heavy
         waiting = new & ~heavy
@@ -381,11 +353,7 @@ class SubGenCache(BudgetedCache):
             open_, waiting = open_ | opens, waiting & ~opens
         first = alive & (into == own)
         label = torch.where(alive, (first.cumsum(-1) - 1).gather(2, into.clamp(min=0)), -1)
-        weight = slots["weight"]
-        size = int(first.sum(-1).max())
-        out = self.merged(slots | {"rate": rate}, label, weight.clamp(min=1e-20), count, size)
-        self.counted[:, 1] = torch.where(due, seen, self.counted[:, 1])
-        return out
+        return self.merged(slots | {"weight": weight}, label, weight.clamp(min=1e-20), count, int(first.sum(-1).max()))
 
     def slots(self) -> ClusterSlots:
         s, plain = self.pages.read(self.index), super().slots()
@@ -395,7 +363,7 @@ class SubGenCache(BudgetedCache):
         return ClusterSlots(plain.k, plain.v, plain.pos, plain.a, plain.b, plain.window, pad(s["weight"], 1.0), middle)
 
     def used(self) -> int:
-        return super().used() + sum(t.nbytes for t in (self.basis, self.q_sum, self.q_square, self.q_count, self.q_mean, self.q_factor, self.counted))
+        return super().used() + sum(t.nbytes for t in (self.basis, self.q_sum, self.q_square, self.q_count, self.q_mean, self.q_factor))
 
 
 @dataclass(frozen=True)
@@ -437,7 +405,7 @@ class SubGenCaches(BudgetedCaches):
         if not m.bounded:
             return rows
         F = m.features(D)  # beside a slot of 2 D numbers stand F; the basis is D F numbers a head, what is kept of queries (R + RANK) D
-        fixed = (0 if m.delta else F / 2) + (0 if m.measures else (self[0].group + RANK) / 2)
+        fixed = (0 if m.delta else F / 2) + (self[0].group + RANK) / 2
         return [int((n - fixed) / (1 + F / (2 * D))) for n in rows]
 
     def shares(self, which: Tensor) -> Tensor:
