@@ -547,11 +547,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "dtype": args.dtype,
         "text": Path(args.text).name,
         "tokens": plan.tokens,
+        "every": args.every,
         "torch": torch.__version__,
     }
     numbers = json.loads(file.read_text()) if file.exists() else {}
     if set(args.only) != set(PARTS) and {k: numbers.get(k) for k in about} != about:
-        sys.exit(f"{file} is not of this run ({about}): leave out --only")
+        sys.exit(f"{file} is not of a whole run like this ({about}): leave out --only")
     numbers |= about
     if "clusters" in args.only:
         every = clusters(lm, ids, run, plan)

@@ -79,19 +79,50 @@ def size(cache: Any, n: int) -> float:
     return held / len(cache) / cache[0].slots().pos.shape[1] / n
 
 
-def variants(lm: Any, spelling: str, shares: list[float], prompt: list[int], when: str) -> Any:
-    """(share, cache at the prompt's end) for each share, from one reading of the prompt where the prompt is held exactly."""
-    lm.attn = with_budget(spelling, shares[0], when)
+def record(lm: Any, prompt: list[int]) -> Any:
+    """A prompt read once, exactly, by a cache that keeps what any method here needs: keys and values, attention and its squares, query
+    statistics, and the last queries."""
+    lm.attn = with_budget("subgen", 25, "prompt")
     cache = lm.new_cache()
+    for layer in cache:
+        layer.last = []
+
+        def attend(q: Any, k: Any, v: Any, pos: Any, layer: Any = layer, plain: Any = layer.attend) -> Any:
+            layer.last = [*layer.last[-1:], (q[:, :, -64:], pos[:, -64:])]
+            return plain(q, k, v, pos)
+
+        layer.attend = attend
     read(lm, cache, prompt)
-    for i, share in enumerate(shares):
-        one = cache.clone() if i + 1 < len(shares) else cache
-        method = with_budget(spelling, share, when)
-        for part in (one, *one):
-            part.method = method
+    return cache
+
+
+def adopt(lm: Any, source: Any, spelling: str, share: float, when: str) -> Any:
+    """A cache of this method as it would be after reading the same prompt. (`--check` reads it, and compares.)"""
+    lm.attn = with_budget(spelling, share, when)
+    cache = lm.new_cache()
+    cache.begin_prompt([int(source.tokens_seen)])
+    cache.tokens_seen.copy_(source.tokens_seen)
+    for mine, layer in zip(cache, source, strict=True):
+        for name in ("k", "v", "pos", "mass", "spikes"):
+            if getattr(mine.store, name) is not None:
+                setattr(mine.store, name, getattr(layer.store, name).clone())
+        for name in ("q_sum", "q_square", "q_count"):
+            if hasattr(mine, name):
+                getattr(mine, name).copy_(getattr(layer, name))
+        if hasattr(mine, "asked") and (rows := mine.method.queries):
+            q = torch.cat([q for q, _ in layer.last], 2).transpose(1, 2)[:, -rows:]
+            pos = torch.cat([pos for _, pos in layer.last], 1)[:, -rows:]
+            mine.asked[0, 1 + pos[0] % rows], mine.asked_pos[0, 1 + pos[0] % rows] = q[0], pos[0]
+    return cache
+
+
+def variants(lm: Any, source: Any, spelling: str, shares: list[float], when: str) -> Any:
+    """(share, cache at the prompt's end, seconds that compressing took) for each share."""
+    for share in shares:
+        cache = adopt(lm, source, spelling, share, when)
         start = time.perf_counter()
-        one.end_prompt()
-        yield share, one, time.perf_counter() - start
+        cache.end_prompt()
+        yield share, cache, time.perf_counter() - start
 
 
 def passages(lm: Any, text: str, tokens: int, count: int, skip: int) -> list[list[int]]:
@@ -105,16 +136,14 @@ def passages(lm: Any, text: str, tokens: int, count: int, skip: int) -> list[lis
 def run_kl(lm: Any, args: argparse.Namespace) -> None:
     n, after, when = args.tokens, args.after, "prompt" if args.task == "kl" else "decode"
     for number, ids in enumerate(passages(lm, args.text, n + after, args.passages, args.skip)):
-        lm.attn = parse("full")
-        cache = lm.new_cache()
-        read(lm, cache, ids[:n])
-        cache.end_prompt()
-        true = follow(lm, cache, ids[n:])
+        source = record(lm, ids[:n])
+        (whole,) = (c for _, c, _ in variants(lm, source, "sinks", [200.0], "prompt"))  # a budget of all tokens: the full cache
+        true = follow(lm, whole, ids[n:])
         for spelling in args.attn:
             if args.task == "prompt-stream":
                 runs = [(share, None, 0.0) for share in args.shares]
             else:
-                runs = variants(lm, spelling, args.shares, ids[:n], when)
+                runs = variants(lm, source, spelling, args.shares, when)
             for share, one, seconds in runs:
                 if one is None:
                     lm.attn = with_budget(spelling, share, "stream")
@@ -123,6 +152,12 @@ def run_kl(lm: Any, args: argparse.Namespace) -> None:
                     one.end_prompt()
                 held = size(one, n)
                 got = follow(lm, one, ids[n:])
+                if args.check and args.task != "prompt-stream":
+                    lm.attn = with_budget(spelling, share, when)
+                    again = lm.new_cache()
+                    read(lm, again, ids[:n])
+                    again.end_prompt()
+                    print("adopted and read differ by", float((follow(lm, again, ids[n:]) - got).abs().max()))
                 emit(args, task=args.task, tokens=n, passage=number, attn=spelling, share=share, size=round(held, 4), kl=kl(true, got),
                      top1=float((true.argmax(-1) == got.argmax(-1)).float().mean()), seconds=round(seconds, 3), nbytes=one.nbytes().used)  # fmt: skip
 
@@ -138,16 +173,10 @@ def run_passkey(lm: Any, args: argparse.Namespace) -> None:
         prompt = lm.tokenizer.encode(INTRO) + ids[start : start + cut] + needle + ids[start + cut : start + n]
         question = lm.tokenizer.encode("\nWhat is the pass key? The pass key is")
         answer = lm.tokenizer.encode(f" {key}")
+        source = record(lm, prompt)
         for spelling in ["full", *args.attn]:
-            if spelling == "full":
-                lm.attn = parse("full")
-                cache = lm.new_cache()
-                read(lm, cache, prompt)
-                cache.end_prompt()
-                runs = [(100.0, cache, 0.0)]
-            else:
-                runs = variants(lm, spelling, args.shares, prompt, "prompt")
-            for share, one, _ in runs:
+            full = spelling == "full"
+            for share, one, _ in variants(lm, source, "sinks" if full else spelling, [200.0] if full else args.shares, "prompt"):
                 held = size(one, len(prompt))
                 got = follow(lm, one, question + answer)[-len(answer) - 1 : -1]
                 right = got.argmax(-1).tolist() == answer
@@ -215,6 +244,7 @@ def main() -> None:
     p.add_argument("--attn", nargs="+", default=METHODS)
     p.add_argument("--dtype", default="bfloat16")
     p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--check", action="store_true", help="hold every adopted cache against one that read the prompt itself")
     p.add_argument("--out", help="append rows to this file, too")
     args = p.parse_args()
     if args.task == "report":

@@ -173,6 +173,9 @@ def test_both_sides_of_the_rotary_embedding(tiny: Path) -> None:
     assert torch.equal(both["after"], run.k[1][0])
 
 
+QUICK = ["--dtype", "float32", "--quick", "--every", "2"]
+
+
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what `--quick` writes on a tiny checkpoint; with figures where matplotlib is installed."""
@@ -181,7 +184,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model, text, out = write_llama(folder / "tiny"), folder / "text.txt", folder / "out"
     text.write_text(CORPUS * 3)
     figures = [] if importlib.util.find_spec("matplotlib") else ["--no-figures"]
-    draw.main(["--text", str(text), "--model", str(model), "--dtype", "float32", "--quick", "--every", "2", "--out", str(out), *figures])
+    draw.main(["--text", str(text), "--model", str(model), *QUICK, "--out", str(out), *figures])
     return out
 
 
@@ -208,6 +211,19 @@ def test_quick_figures(quick: Path) -> None:
         data = (quick / f"{name}.png").read_bytes()
         assert data.startswith(b"\x89PNG")
         assert 10_000 < len(data) < 300_000
+
+
+def test_one_part_anew(quick: Path, tmp_path: Path) -> None:
+    """--only replaces that part's numbers, leaves the others, and wants a whole run before."""
+    before = json.loads((quick / "growth.json").read_text())
+    old = tmp_path / "growth.json"
+    old.write_text(json.dumps({**before, "clusters": None, "growth": "kept"}))
+    model, text = quick.parent / "tiny", quick.parent / "text.txt"
+    args = ["--text", str(text), "--model", str(model), *QUICK, "--no-figures", "--only", "clusters", "--out"]
+    draw.main([*args, str(tmp_path)])
+    assert json.loads(old.read_text()) == {**before, "growth": "kept"}
+    with pytest.raises(SystemExit, match="leave out --only"):
+        draw.main([*args, str(tmp_path / "new")])
 
 
 def test_too_short_a_text(tmp_path: Path) -> None:

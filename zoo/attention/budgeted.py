@@ -375,6 +375,8 @@ class BudgetedCaches(Caches):
             return
         self.held.copy_(self.budget_of(self.tokens_seen.tolist()))
         over = self.tokens_seen > self.held - int(self.method.when != "prompt")  # a bounded cache needs room for the next token
+        pos, recent = self[0].store.pos[:, 0], self[0].recent
+        over &= ((pos >= 0) & (pos < (self.tokens_seen - recent)[:, None])).any(1)  # else nothing has come since it was compressed
         if bool(over.any()):
             self.compress(over)
         for cache in self:

@@ -26,9 +26,9 @@ newest token, and leaves a model's sliding window with it; it is not decremented
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -144,7 +144,7 @@ class SubGenCache(BudgetedCache):
 
     def learn(self, q: Tensor, pos: Tensor) -> None:
         """Add every 8th of the queries q (B, H, T, D) at pos (B, T) to the statistics."""
-        counts = (pos >= 0) & (pos % self.method.observes == 0)
+        counts = (pos >= 0) & (pos % self.method.observes == 0) & (self.q_count >= 0)[:, None]
         columns = counts.any(0).nonzero()[:, 0]
         if len(columns):
             counts = counts[:, columns]
@@ -163,15 +163,30 @@ class SubGenCache(BudgetedCache):
     def begin_prompt(self, seen: Tensor) -> None:
         if self.method.when != "stream":
             self.forget_queries(False)
+            self.q_count.clamp_(min=0)
         self.measure(self.method.measures)
 
-    def compressed(self) -> None:
-        """Everything that could be turned into slots has been: free what only that needed."""
-        if self.q_mean.numel() and self.q_sum.shape[1]:
-            self.summarize()
-        self.forget_queries(True)
-        if not self.method.bounded:
+    def end_prompt(self, seen: Tensor) -> None:
+        if not self.method.bounded:  # nothing more is compressed before the next prompt, which is measured anew
+            self.forget_queries(True)
             self.measure(False)
+
+    def summarize(self, which: Tensor) -> None:
+        """The sequences that `which` (B,) names have been compressed: of their queries only means and the RANK main directions of each group's
+        covariance stay, and they learn no more before the next prompt."""
+        if self.q_sum.shape[1]:
+            which = which & (self.q_count > 0)
+            n = self.q_count.clamp(min=1)[:, None, None]
+            mean, second = self.q_sum[:, 0] / n, self.q_square[:, 0] / n[..., None]
+            B, G, D, _ = self.q_factor.shape
+            cov = (second - mean[..., None] * mean[..., None, :]).view(B, G, -1, D, D).mean(2)
+            values, vectors = torch.linalg.eigh(cov)
+            factor = vectors[..., -RANK:] * values[..., None, -RANK:].clamp(min=0).sqrt()
+            self.q_mean.copy_(torch.where(which[:, None, None], mean.to(self.q_mean.dtype), self.q_mean))
+            self.q_factor.copy_(torch.where(which[:, None, None, None], factor.to(self.q_factor.dtype), self.q_factor))
+            self.q_count.masked_fill_(which, -1)
+            for total in (self.q_sum, self.q_square):
+                total.masked_fill_(which.view(-1, *[1] * (total.dim() - 1)), 0)
 
     # Tokens as points
 
@@ -227,16 +242,6 @@ class SubGenCache(BudgetedCache):
             total += turn[:, None, p].mT @ second @ turn[:, None, p]
         return mean, total / len(AHEAD) - mean[..., None] * mean[..., None, :]
 
-    def summarize(self) -> None:
-        """Keep the queries' means and, for each group, the RANK main directions of their covariance."""
-        n = self.q_count.clamp(min=1)[:, None, None]
-        mean, second = self.q_sum[:, 0] / n, self.q_square[:, 0] / n[..., None]
-        B, G, D, _ = self.q_factor.shape
-        cov = (second - mean[..., None] * mean[..., None, :]).view(B, G, -1, D, D).mean(2)
-        values, vectors = torch.linalg.eigh(cov)
-        self.q_mean.copy_(mean)
-        self.q_factor.copy_(vectors[..., -RANK:] * values[..., None, -RANK:].clamp(min=0).sqrt())
-
     def anticipated(self, k: Tensor, seen: Tensor, count: Tensor) -> Tensor:
         """`expected`, from what `summarize` kept."""
         (B, G, N, D), scale = k.shape, k.shape[3] ** -0.5
@@ -278,15 +283,20 @@ class SubGenCache(BudgetedCache):
         noise = random.gumbel(self.method.seed, torch.full_like(heads, self.index), heads, pos)
         label = coverage(self.points(slots, rest), rest, clusters, u.clamp(min=1e-20).log() + noise, clusters // 4)
         label = torch.where(exact, clusters[..., None] + exact.cumsum(-1) - 1, label)
+        if self.method.bounded:
+            self.summarize(which)
         return self.merged(slots | {"weight": u}, label, torch.where(exact, 1.0, u), count, int(room.max()))
 
     def weights(self, slots: dict[str, Tensor], seen: Tensor, count: Tensor) -> tuple[Tensor, list[Tensor]]:
         """u, and by what tokens are heavy: (B, G, N) each, for slots of count tokens. Half of the heavy ones are those that got most attention
         from the queries that could see them, half those of the greatest squares: that a single query needed, as a name or number is."""
-        if self.q_sum.shape[1]:
+        learned = self.q_count > 0
+        if not self.q_mean.numel() or bool(learned.all()):
             expected = self.expected(slots["k"], seen, count)
         else:
             expected = self.anticipated(slots["k"], seen, count)
+            if bool(learned.any()):
+                expected = torch.where(learned[:, None, None], self.expected(slots["k"], seen, count), expected)
         w = (expected / self.group + 0.01 * count / count.sum(-1, keepdim=True).clamp(min=1)) * slots["v"].float().norm(dim=-1)
         u = w / (w.sum(-1, keepdim=True) / count.sum(-1, keepdim=True).clamp(min=1)).clamp(min=1e-30) + 0.01 * count
         could_see = (seen[:, None, None] - slots["pos"]).clamp(min=1)
@@ -392,6 +402,11 @@ def rounded(mean: Tensor, dtype: torch.dtype, pos: Tensor, which: int) -> Tensor
 class SubGenCaches(BudgetedCaches):
     """All layers: one delta decides what each head of each layer owns."""
 
+    if TYPE_CHECKING:
+
+        def __iter__(self) -> Iterator[SubGenCache]: ...  # type: ignore[override]
+        def __getitem__(self, index: int) -> SubGenCache: ...  # type: ignore[override]
+
     method: SubGen
 
     def __init__(self, method: SubGen, caches: Sequence[BudgetedCache], batch: int, prompt_tokens: int | None, device: Any, table: Any) -> None:
@@ -433,13 +448,14 @@ class SubGenCaches(BudgetedCaches):
         where there are enough: the number of centres is then a fourth, too."""
         out = []
         for cache in self:
-            pos = cache.store.pos[:, 0].long()
+            pos, old = cache.store.pos[:, 0].long(), cache.pages.read(cache.index)
             step = 4 if int((pos >= 0).sum(1).max()) >= 1024 else 1
             keep = (pos >= SINKS) & (pos < (self.tokens_seen - cache.recent)[:, None]) & (pos % step == 0) & which[:, None]
             index = keep.any(0).nonzero()[:, 0]
-            k, pos, keep = cache.store.k[:, :, index], pos[:, index], keep[:, index]
-            alive = keep[:, None].expand(k.shape[:3])
-            x = self[0].rotary[0].unrotate(k.float(), pos.clamp(min=0))
+            k = torch.cat((old["k"], cache.store.k[:, :, index]), 2)
+            alive = torch.cat(((old["pos"] >= 0) & which[:, None, None], keep[:, None, index].expand(*k.shape[:2], -1)), 2)
+            middle = torch.cat((old["middle"].round().long(), pos[:, None, index].expand(*k.shape[:2], -1)), 2)
+            x = cache.unrotated({"k": k}, middle)
             x = x @ principal(x, alive, min(FEATURES, x.shape[3]))
             counts, found = radii(x, alive, int(rows * HIGH / step) + 1)
             out.append((counts * step, found))
@@ -462,10 +478,9 @@ class SubGenCaches(BudgetedCaches):
 
     def compress(self, which: Tensor) -> None:
         super().compress(which)
-        everything = not self.method.bounded or bool(self.bounded.all())
-        for cache in self:
-            if everything:
-                cache.compressed()
+        if bool(self.bounded.all()):  # no sequence needs its queries any more
+            for cache in self:
+                cache.forget_queries(True)
 
     def absorb(self, cache: SubGenCache, due: Tensor) -> None:  # type: ignore[override]
         seen, pages = self.tokens_seen, self.pages[0]
