@@ -106,9 +106,9 @@ def adopt(lm: Any, source: Any, spelling: str, share: float, when: str) -> Any:
         for name in ("k", "v", "pos", "mass", "spikes"):
             if getattr(mine.store, name) is not None:
                 setattr(mine.store, name, getattr(layer.store, name).clone())
-        for name in ("q_sum", "q_square", "q_count"):
-            if hasattr(mine, name):
-                getattr(mine, name).copy_(getattr(layer, name))
+        if hasattr(mine, "queries"):
+            for name in ("sum", "square", "count"):
+                getattr(mine.queries, name).copy_(getattr(layer.queries, name))
         if hasattr(mine, "asked") and (rows := mine.method.queries):
             q = torch.cat([q for q, _ in layer.last], 2).transpose(1, 2)[:, -rows:]
             pos = torch.cat([pos for _, pos in layer.last], 1)[:, -rows:]
@@ -217,7 +217,9 @@ def report(path: str) -> None:
                 held = statistics.fmean(r["size"] for r in these)
                 if task == "passkey":
                     right = sum(r["right"] for r in these)
-                    print(f"  {attn:28} {right:3}/{len(these)}  log-probability {statistics.fmean(r['logprob'] for r in these):7.2f}  size {held:.4f}")
+                    print(
+                        f"  {attn:28} {right:3}/{len(these)}  log-probability {statistics.fmean(r['logprob'] for r in these):7.2f}  size {held:.4f}"
+                    )
                     continue
                 values = [r["kl"] for r in these]
                 low, high = interval(values)

@@ -277,11 +277,16 @@ def test_the_documents_numbers_are_those_of_the_figures() -> None:
             assert draw.exponent(n, row["mean"]) == pytest.approx(row["exponent"], abs=0.002)
             assert f"n^{row['exponent']:.2f}" in text
         assert written(side, f"leader all {f}")["exponent"] == pytest.approx(claim, abs=0.1)
+    numbers = json.loads((DOCS / "growth.json").read_text())
+    shares = numbers["clusters"]["variance within clusters, mean over heads"]
+    assert f"lies {shares['before']:.0%} of the variance of un-rotated keys, and {shares['after']:.0%} of that".replace("%", " %") in text
+    found = numbers["estimator"]["s"]
+    assert f"off by {found['output']['mean'][found['values'].index(4096)]:.0%} of its own size".replace("%", " %") in text
 
 
 def test_every_method_is_in_the_table() -> None:
     """With its default `when` and its paper."""
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.*)$", (DOCS / "README.md").read_text(), re.M))
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*arxiv.*)$", (DOCS / "README.md").read_text(), re.M))
     assert set(rows) == set(ATTENTION)
     for name, method in ATTENTION.items():
         known = options(method)

@@ -24,7 +24,8 @@ METHODS = ("subgen",)
 @torch.no_grad()
 def subgen(lm: Any, passages: list[list[int]], share: float) -> dict[str, Any]:
     """Head shares (L, G), as multiples of the average, at a budget of `share` percent; delta and the median distance between keys."""
-    from zoo.attention.subgen import SubGen, SubGenCaches, one_delta
+    from zoo.attention.shares import one_delta
+    from zoo.attention.subgen import SubGen, SubGenCaches
 
     shares, deltas, distances = list[Tensor](), list[float](), list[float]()
     progress = cli.Progress()
@@ -81,7 +82,9 @@ def main(argv: list[str] | None = None) -> None:
     table = subgen(lm, passages, args.share)
     path = save_table(args.method, lm.config, table)
     flat = [x for row in table["shares"] for x in row]
-    print(f"head shares from {min(flat):.2f} to {max(flat):.2f} of the average, {len(passages)} passages of {tokens} tokens", file=sys.stderr)
+    print(
+        f"head shares from {min(flat):.2f} to {max(flat):.2f} of the average, {len(passages)} passages of {tokens} tokens", file=sys.stderr
+    )
     print(f"delta {table['delta']:.3g}; median distance between un-rotated keys {table['median_distance']:.3g}", file=sys.stderr)
     print(json.dumps({"path": str(path), **table}) if args.json else path)
 

@@ -146,9 +146,7 @@ class BudgetedCache(Cache):
         self.method, self.index, self.pages = method, index, pages
         self.rotary = [rotary]  # the model's module, in a list so that it is not part of this cache's state
         self.window = config.sliding_window
-        self.store = SlotStore(
-            batch, config.num_key_value_heads, 2, config.head_dim, dtype, device, shared=True, beside=method.beside
-        )
+        self.store = SlotStore(batch, config.num_key_value_heads, 2, config.head_dim, dtype, device, shared=True, beside=method.beside)
         for name, value in (("recent", 0), ("ring", GROWING), ("origin", 0)):
             self.register_buffer(name, torch.full((batch,), value, dtype=torch.int64, device=device))
         for name in ("listed", "owner", "table", "mass", "spikes"):

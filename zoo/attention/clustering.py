@@ -11,10 +11,10 @@ part in nothing. Numbers of clusters are tensors (B, G).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from zoo import random
 
 ROUNDS = 12  # how often `coverage` looks which points are far
 TIE = 1e-4  # of the largest squared norm: points this close to a centre count as being on it, so that rounding decides nothing
@@ -85,10 +85,14 @@ def coverage(x: Tensor, alive: Tensor, clusters: Tensor, first: Tensor, starts: 
     """Labels (B, G, N) int64 from 0, -1 where not alive: each point's nearest of `clusters` (B, G) centres. starts (B, G) of them are the
     points of largest `first` (B, G, N), the others far ones. With no more points than clusters each is its own."""
     c = Centres(x, alive)
+    if int(clusters.max()) < 1:
+        return c.label
     starts = torch.minimum(starts.clamp(min=1), clusters)
     picks = torch.where(alive, first, -torch.inf).topk(min(int(starts.max()), x.shape[2]), dim=-1).indices
     rank, some = torch.arange(picks.shape[2], device=x.device), row(x, picks)
-    twice = ((torch.cdist(some, some).square() <= c.tie[..., None]) & (rank < rank[:, None])).any(-1)  # or rounding would share out its points
+    twice = ((torch.cdist(some, some).square() <= c.tie[..., None]) & (rank < rank[:, None])).any(
+        -1
+    )  # or rounding would share out its points
     good = (rank < starts[..., None]) & alive.gather(2, picks) & ~twice
     order = (~good).to(torch.uint8).argsort(dim=-1, stable=True)
     c.add(picks.gather(2, order), good.gather(2, order))
@@ -189,7 +193,16 @@ def row(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(2, index[..., None].expand(*index.shape, values.shape[3]))
 
 
-def distance(x: Tensor, centres: Tensor) -> Any:
-    """For each of the points x (B, G, N, F) the distance to the nearest of those that centres (B, G, N) marks, and its index: `values` and
-    `indices` (B, G, N)."""
-    return torch.cdist(x, x).masked_fill_(~centres[:, :, None], torch.inf).min(-1)
+def rounded(mean: Tensor, dtype: torch.dtype, pos: Tensor, which: int) -> Tensor:
+    """mean (B, G, M, D) float32 in a shorter dtype, rounded up or down at random so that the expectation is the mean: the mean of a large
+    cluster moves by less than half a step of bfloat16 at a time, and rounded to nearest it would stand still. The draw is a function of the
+    cluster's newest position (B, G, M), row, head and dimension."""
+    near = mean.to(dtype)
+    if dtype in (torch.float32, torch.float64):
+        return near
+    error = mean - near.float()
+    other = torch.nextafter(near, torch.where(error > 0, torch.inf, -torch.inf).to(dtype))
+    _, G, M, D = mean.shape
+    index = [torch.arange(n, device=mean.device) for n in (G, M, D)]
+    noise = random.uniform(which, pos[..., None].long(), index[0][:, None, None], index[1][:, None], index[2])
+    return torch.where(noise * (other.float() - near.float()).abs() < error.abs(), other, near)

@@ -36,16 +36,15 @@ from torch import Tensor
 from zoo import random
 from zoo.attention.budgeted import SINKS, Budgeted, BudgetedCache, BudgetedCaches, names
 from zoo.attention.cache import Caches
-from zoo.attention.clustering import coverage, distance, gathered, latest, principal, radii, row, ward
+from zoo.attention.clustering import coverage, gathered, latest, principal, radii, rounded, ward
+from zoo.attention.queries import RANK, Queries
+from zoo.attention.shares import HIGH, fill, one_delta
 from zoo.attention.slots import PAGE, Slots
 from zoo.attention.store import Pages
 from zoo.attention.tables import load_shares
 
 FEATURES = 16  # principal coordinates of an un-rotated key that are kept beside a cluster
 HEAVY = 0.5  # of a head's slots: tokens that got most attention
-AHEAD = range(0, 512, 32)  # how far ahead of the newest token the expected attention looks
-RANK = 8  # directions of a group's query covariance that outlast the prompt
-LOW, HIGH = 0.3, 2.5  # what a head may own, of the average
 SCORES, HEADS = ("attention", "expected"), ("prompt", "table", "uniform")
 
 
@@ -108,24 +107,13 @@ class SubGen(Budgeted):
 class SubGenCache(BudgetedCache):
     method: SubGen
     basis: Tensor  # (B, G, D, F): the principal directions of un-rotated keys; nothing with when=prompt
-    q_sum: Tensor  # (B, 1, H, D) and q_square (B, 1, H, D, D): sums over every 8th query, un-rotated, and over its outer products; float32
-    q_square: Tensor
-    q_count: Tensor  # (B,)
-    q_mean: Tensor  # (B, H, D) and q_factor (B, G, D, RANK): what is kept of them afterwards, unless when=prompt
-    q_factor: Tensor
-    OPEN: ClassVar[dict[str, int]] = {**BudgetedCache.OPEN, "q_sum": 1, "q_square": 1}
 
     def __init__(self, method: SubGen, index: int, pages: Pages, rotary: Any, config: Any, batch: int, dtype: Any, device: Any) -> None:
         super().__init__(method, index, pages, rotary, config, batch, dtype, device)
-        G, H, D = config.num_key_value_heads, config.num_attention_heads, config.head_dim
+        G, D = config.num_key_value_heads, config.head_dim
         F = method.features(D) if method.bounded and not method.delta else 0
         self.register_buffer("basis", torch.zeros(batch, G, D, F, dtype=dtype, device=device))
-        self.register_buffer("q_sum", torch.zeros(batch, 1, H, D, device=device))
-        self.register_buffer("q_square", torch.zeros(batch, 1, H, D, D, device=device))
-        self.register_buffer("q_count", torch.zeros(batch, device=device))
-        kept = method.bounded
-        self.register_buffer("q_mean", torch.zeros(batch, H, D * kept, dtype=dtype, device=device))
-        self.register_buffer("q_factor", torch.zeros(batch, G, D * kept, RANK, dtype=dtype, device=device))
+        self.queries = Queries(config, rotary, batch, dtype, device, lasting=method.bounded)
         self.measure(method.measures)
 
     # What is watched while tokens come in
@@ -138,55 +126,20 @@ class SubGenCache(BudgetedCache):
                 setattr(self.store, name, torch.zeros(k.shape[:3], device=k.device) if on else None)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
-        if self.prompt_open and not torch.compiler.is_compiling() and self.q_sum.shape[1]:
-            self.learn(q, pos)
+        if self.prompt_open and not torch.compiler.is_compiling() and self.queries.learning:
+            self.queries.learn(q, pos)
         return super().attend(q, k, v, pos)
-
-    def learn(self, q: Tensor, pos: Tensor) -> None:
-        """Add every 8th of the queries q (B, H, T, D) at pos (B, T) to the statistics."""
-        counts = (pos >= 0) & (pos % self.method.observes == 0) & (self.q_count >= 0)[:, None]
-        columns = counts.any(0).nonzero()[:, 0]
-        if len(columns):
-            counts = counts[:, columns]
-            x = self.rotary[0].unrotate(q[:, :, columns].float(), pos[:, columns].clamp(min=0)) * counts[:, None, :, None]
-            self.q_sum += x.sum(2)[:, None]
-            self.q_square += (x.mT @ x)[:, None]
-            self.q_count += counts.sum(1)
-
-    def forget_queries(self, forget: bool) -> None:
-        if forget == (self.q_sum.shape[1] > 0):
-            for name in ("q_sum", "q_square"):
-                old = getattr(self, name)
-                setattr(self, name, old.new_zeros(old.shape[0], 0 if forget else 1, *old.shape[2:]))
-            self.q_count.zero_()
 
     def begin_prompt(self, seen: Tensor) -> None:
         if self.method.when != "stream":
-            self.forget_queries(False)
-            self.q_count.clamp_(min=0)
+            self.queries.forget(False)
+            self.queries.count.clamp_(min=0)
         self.measure(self.method.measures)
 
     def end_prompt(self, seen: Tensor) -> None:
         if not self.method.bounded:  # nothing more is compressed before the next prompt, which is measured anew
-            self.forget_queries(True)
+            self.queries.forget(True)
             self.measure(False)
-
-    def summarize(self, which: Tensor) -> None:
-        """The sequences that `which` (B,) names have been compressed: of their queries only means and the RANK main directions of each group's
-        covariance stay, and they learn no more before the next prompt."""
-        if self.q_sum.shape[1]:
-            which = which & (self.q_count > 0)
-            n = self.q_count.clamp(min=1)[:, None, None]
-            mean, second = self.q_sum[:, 0] / n, self.q_square[:, 0] / n[..., None]
-            B, G, D, _ = self.q_factor.shape
-            cov = (second - mean[..., None] * mean[..., None, :]).view(B, G, -1, D, D).mean(2)
-            values, vectors = torch.linalg.eigh(cov)
-            factor = vectors[..., -RANK:] * values[..., None, -RANK:].clamp(min=0).sqrt()
-            self.q_mean.copy_(torch.where(which[:, None, None], mean.to(self.q_mean.dtype), self.q_mean))
-            self.q_factor.copy_(torch.where(which[:, None, None, None], factor.to(self.q_factor.dtype), self.q_factor))
-            self.q_count.masked_fill_(which, -1)
-            for total in (self.q_sum, self.q_square):
-                total.masked_fill_(which.view(-1, *[1] * (total.dim() - 1)), 0)
 
     # Tokens as points
 
@@ -224,50 +177,7 @@ class SubGenCache(BudgetedCache):
 
     @property
     def group(self) -> int:
-        return self.q_sum.shape[2] // self.store.k.shape[1]
-
-    # Expected attention
-
-    def future(self, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (B, H, D) and covariance (B, H, D, D) of the queries to come: those so far, turned to the positions ahead."""
-        n = self.q_count.clamp(min=1)[:, None, None]
-        mean, second = self.q_sum[:, 0] / n, self.q_square[:, 0] / n[..., None]
-        D = mean.shape[-1]
-        ahead = seen[:, None] + torch.tensor(AHEAD, device=seen.device)
-        eye = torch.eye(D, device=seen.device).expand(len(seen), D, D)[:, :, None].expand(-1, -1, len(AHEAD), -1)
-        turn = self.rotary[0].rotate(eye, ahead).transpose(1, 2)  # (B, P, D, D): x @ turn[p]
-        mean = mean @ turn.mean(1)
-        total = torch.zeros_like(second)
-        for p in range(len(AHEAD)):
-            total += turn[:, None, p].mT @ second @ turn[:, None, p]
-        return mean, total / len(AHEAD) - mean[..., None] * mean[..., None, :]
-
-    def anticipated(self, k: Tensor, seen: Tensor, count: Tensor) -> Tensor:
-        """`expected`, from what `summarize` kept."""
-        (B, G, N, D), scale = k.shape, k.shape[3] ** -0.5
-        each = torch.cat((self.q_mean.view(B, G, -1, D), self.q_factor.mT), 2).float()  # (B, G, R + RANK, D)
-        R = each.shape[2] - RANK
-        ahead = seen[:, None] + torch.tensor(AHEAD, device=seen.device)
-        turned = self.rotary[0].rotate(each.flatten(1, 2)[:, :, None].expand(-1, -1, len(AHEAD), -1), ahead)  # (B, G (R + RANK), P, D)
-        dots = scale * (k.float() @ turned.view(B, G, -1, D).mT).unflatten(3, (-1, len(AHEAD)))  # (B, G, N, R + RANK, P)
-        mean, spread = dots[..., :R, :], dots[..., R:, :].square().sum(3).mean(-1, keepdim=True)
-        centre = mean.mean(-1)
-        logit = centre + 0.5 * (mean.square().mean(-1) - centre.square() + spread) + count.log()[..., None]
-        return logit.softmax(2).nan_to_num_().sum(-1)
-
-    def expected(self, k: Tensor, seen: Tensor, count: Tensor) -> Tensor:
-        """The attention that the queries to come are expected to give to keys k (B, G, N, D), summed over the group's query heads (B, G, N),
-        if they are Gaussian: softmax of s mu.k + s^2/2 k.C k + log n. count (B, G, N): the n tokens behind each key; 0 = none."""
-        mean, cov = self.future(seen)
-        B, G, _, D = k.shape
-        k = k.float()
-        scale = D**-0.5
-        mean, cov = mean.view(B, G, -1, D), cov.view(B, G, -1, D, D)
-        logit = scale * k @ mean.mT  # (B, G, N, R)
-        for r in range(mean.shape[2]):
-            logit[..., r] += 0.5 * scale**2 * ((k @ cov[:, :, r]) * k).sum(-1)
-        logit = logit + count.log()[..., None]
-        return logit.softmax(2).nan_to_num_().sum(-1)
+        return self.queries.mean.shape[1] // self.store.k.shape[1]
 
     # From tokens to slots
 
@@ -284,19 +194,13 @@ class SubGenCache(BudgetedCache):
         label = coverage(self.points(slots, rest), rest, clusters, u.clamp(min=1e-20).log() + noise, clusters // 4)
         label = torch.where(exact, clusters[..., None] + exact.cumsum(-1) - 1, label)
         if self.method.bounded:
-            self.summarize(which)
+            self.queries.summarize(which)
         return self.merged(slots | {"weight": u}, label, torch.where(exact, 1.0, u), count, int(room.max()))
 
     def weights(self, slots: dict[str, Tensor], seen: Tensor, count: Tensor) -> tuple[Tensor, list[Tensor]]:
         """u, and by what tokens are heavy: (B, G, N) each, for slots of count tokens. Half of the heavy ones are those that got most attention
         from the queries that could see them, half those of the greatest squares: that a single query needed, as a name or number is."""
-        learned = self.q_count > 0
-        if not self.q_mean.numel() or bool(learned.all()):
-            expected = self.expected(slots["k"], seen, count)
-        else:
-            expected = self.anticipated(slots["k"], seen, count)
-            if bool(learned.any()):
-                expected = torch.where(learned[:, None, None], self.expected(slots["k"], seen, count), expected)
+        expected = self.queries.attention(slots["k"], seen, count)
         w = (expected / self.group + 0.01 * count / count.sum(-1, keepdim=True).clamp(min=1)) * slots["v"].float().norm(dim=-1)
         u = w / (w.sum(-1, keepdim=True) / count.sum(-1, keepdim=True).clamp(min=1)).clamp(min=1e-30) + 0.01 * count
         could_see = (seen[:, None, None] - slots["pos"]).clamp(min=1)
@@ -309,7 +213,9 @@ class SubGenCache(BudgetedCache):
         rank = torch.full_like(pos, pos.shape[2])
         for score in scores:
             order = torch.where(single & ~sink, score, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-            rank = torch.minimum(rank, torch.empty_like(order).scatter_(2, order, torch.arange(pos.shape[2], device=pos.device).expand(pos.shape)))
+            rank = torch.minimum(
+                rank, torch.empty_like(order).scatter_(2, order, torch.arange(pos.shape[2], device=pos.device).expand(pos.shape))
+            )
         rank = torch.where(single & ~sink, rank, pos.shape[2]).argsort(dim=-1, stable=True).argsort(dim=-1)
         return sink | (single & ~sink & (rank < ((room - SINKS) * HEAVY).long()[..., None]))
 
@@ -342,28 +248,29 @@ class SubGenCache(BudgetedCache):
         return self.merged(slots | {"weight": weight}, label, weight.clamp(min=1e-20), count, max(int(room.max()), 1))
 
     def join(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, due: Tensor) -> dict[str, Tensor]:
-        """By delta: a token that leaves the recent ones joins the nearest cluster if that is no farther than delta, and opens one otherwise;
-        so does one of those that got most attention."""
+        """By delta: a token that leaves the recent ones joins the nearest cluster if that is no farther than delta, and opens one otherwise."""
         pos = slots["pos"].long()
-        alive = pos >= 0
-        count, x, own = torch.where(alive, slots["a"].exp().round(), 0), self.points(slots, alive), torch.arange(pos.shape[2], device=pos.device)
-        new = alive & (own >= max(1, *self.pages.count[self.index]) * PAGE)  # behind the settled ones
-        weight, attention = self.weights(slots, seen, count)
-        open_ = alive & ~new
-        heavy = self.exact(pos, count, attention, alive.sum(-1)) & new
-        into = torch.where(alive, own, -1)
-        into, open_ = into.clone(), open_ | heavy
-        waiting = new & ~heavy
-        while bool(waiting.any()):  # at most as often as a block has tokens
-            near = distance(x, open_ & ~heavy)
-            joins = waiting & (near.values <= self.method.delta)
-            into = torch.where(joins, near.indices, into)
+        alive, size = pos >= 0, pos.shape[2]
+        count, own = torch.where(alive, slots["a"].exp().round(), 0), torch.arange(size, device=pos.device)
+        old = max(1, *self.pages.count[self.index]) * PAGE  # the first so many are settled
+        weight, _ = self.weights(slots, seen, count)
+        x = self.points(slots, alive)
+        near = torch.cdist(x[:, :, old:], x[:, :, :old]).masked_fill_(~alive[:, :, None, :old], torch.inf).min(-1)
+        waiting = alive[:, :, old:].clone()
+        joins = waiting & (near.values <= self.method.delta)
+        into = torch.where(joins, near.indices, own[old:])
+        waiting &= ~joins
+        among = torch.cdist(x[:, :, old:], x[:, :, old:])
+        while bool(waiting.any()):  # the first of those that wait opens a cluster, and takes what is near: at most a block's tokens of rounds
+            first = waiting.to(torch.uint8).argmax(-1, keepdim=True)
+            joins = waiting & (among.gather(2, first[..., None].expand(*first.shape, size - old))[:, :, 0] <= self.method.delta)
+            joins |= waiting & (own[: size - old] == first)
+            into = torch.where(joins, old + first, into)
             waiting &= ~joins
-            opens = waiting & (waiting.cumsum(-1) == 1)
-            open_, waiting = open_ | opens, waiting & ~opens
-        first = alive & (into == own)
-        label = torch.where(alive, (first.cumsum(-1) - 1).gather(2, into.clamp(min=0)), -1)
-        return self.merged(slots | {"weight": weight}, label, weight.clamp(min=1e-20), count, int(first.sum(-1).max()))
+        into = torch.cat((own[:old].expand(*pos.shape[:2], old), into), 2)
+        opens = alive & (into == own)
+        label = torch.where(alive, (opens.cumsum(-1) - 1).gather(2, into), -1)
+        return self.merged(slots | {"weight": weight}, label, weight.clamp(min=1e-20), count, int(opens.sum(-1).max()))
 
     def slots(self) -> ClusterSlots:
         s, plain = self.pages.read(self.index), super().slots()
@@ -373,7 +280,7 @@ class SubGenCache(BudgetedCache):
         return ClusterSlots(plain.k, plain.v, plain.pos, plain.a, plain.b, plain.window, pad(s["weight"], 1.0), middle)
 
     def used(self) -> int:
-        return super().used() + sum(t.nbytes for t in (self.basis, self.q_sum, self.q_square, self.q_count, self.q_mean, self.q_factor))
+        return super().used() + self.basis.nbytes + sum(t.nbytes for t in self.queries.buffers())
 
 
 @dataclass(frozen=True)
@@ -382,21 +289,6 @@ class ClusterSlots(Slots):
 
     weight: Tensor | None = None
     middle: Tensor | None = None
-
-
-def rounded(mean: Tensor, dtype: torch.dtype, pos: Tensor, which: int) -> Tensor:
-    """mean (B, G, M, D) float32 in a shorter dtype, rounded up or down at random so that the expectation is the mean: the mean of a large
-    cluster moves by less than half a step of bfloat16 at a time, and rounded to nearest it would stand still. The draw is a function of the
-    cluster's newest position (B, G, M), row, head and dimension."""
-    near = mean.to(dtype)
-    if dtype in (torch.float32, torch.float64):
-        return near
-    error = mean - near.float()
-    other = torch.nextafter(near, torch.where(error > 0, torch.inf, -torch.inf).to(dtype))
-    _, G, M, D = mean.shape
-    index = [torch.arange(n, device=mean.device) for n in (G, M, D)]
-    noise = random.uniform(which, pos[..., None].long(), index[0][:, None, None], index[1][:, None], index[2])
-    return torch.where(noise * (other.float() - near.float()).abs() < error.abs(), other, near)
 
 
 class SubGenCaches(BudgetedCaches):
@@ -409,7 +301,9 @@ class SubGenCaches(BudgetedCaches):
 
     method: SubGen
 
-    def __init__(self, method: SubGen, caches: Sequence[BudgetedCache], batch: int, prompt_tokens: int | None, device: Any, table: Any) -> None:
+    def __init__(
+        self, method: SubGen, caches: Sequence[BudgetedCache], batch: int, prompt_tokens: int | None, device: Any, table: Any
+    ) -> None:
         super().__init__(method, caches, batch, prompt_tokens, device)
         self.table: Tensor | None = table  # (L, G): each head's share of the average
 
@@ -480,7 +374,7 @@ class SubGenCaches(BudgetedCaches):
         super().compress(which)
         if bool(self.bounded.all()):  # no sequence needs its queries any more
             for cache in self:
-                cache.forget_queries(True)
+                cache.queries.forget(True)
 
     def absorb(self, cache: SubGenCache, due: Tensor) -> None:  # type: ignore[override]
         seen, pages = self.tokens_seen, self.pages[0]
@@ -504,33 +398,3 @@ class SubGenCaches(BudgetedCaches):
         for cache, slots in zip(self, old, strict=True):
             cache.list_pages()
             cache.put(slots)
-
-
-def one_delta(counts: Tensor, found: Tensor, rows: float) -> tuple[Tensor, float]:
-    """counts, found (heads, K) as `radii` gives them, and the slots that a head owns on average -> slots (heads,) float64, and delta. A head
-    owns as many as it needs centres to have no point farther than delta from one, but LOW to HIGH times the average."""
-
-    def needed(delta: float) -> Tensor:
-        above = (found > delta).sum(-1)
-        low, high = (above - 1).clamp(min=0)[:, None], above.clamp(max=found.shape[1] - 1)[:, None]
-        r0, r1 = found.gather(1, low), found.gather(1, high)
-        part = ((r0 - delta) / (r0 - r1).clamp(min=1e-9)).clamp(0, 1)
-        count = torch.lerp(counts.gather(1, low).log(), counts.gather(1, high).log(), part).exp()
-        return count[:, 0].double().clamp(LOW * rows, HIGH * rows)
-
-    low, high = 0.0, float(found.max())
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if float(needed(middle).mean()) > rows else (low, middle)
-    return needed(high), high
-
-
-def fill(wanted: Tensor, total: int) -> Tensor:
-    """Whole pages (heads,) that add up to `total` >= heads, at least one each, in proportion to `wanted`: largest remainders first."""
-    wanted = wanted * total / wanted.sum()
-    pages = wanted.floor().clamp(min=1)
-    while (rest := total - int(pages.sum())) != 0:
-        gap = torch.where((rest > 0) | (pages > 1), wanted - pages, -torch.inf if rest > 0 else torch.inf)
-        some = gap.topk(min(abs(rest), int((gap.abs() < torch.inf).sum())), largest=rest > 0).indices
-        pages[some] += 1 if rest > 0 else -1
-    return pages.long()

@@ -1,0 +1,129 @@
+"""What queries to come will attend to, judged by those so far (expected attention).
+
+    queries, rotated back by their positions, are taken for Gaussian, with their mean and covariance
+    M = average over positions p ahead of R_p (C + mu mu^T) R_p^T,  m = average of R_p mu     expected attention_j = softmax_j(s m.k_j + s^2/2 k_j (M - m m^T) k_j)
+While a prompt is read, every 8th query enters the sums: H (D^2 + D) float32 numbers a layer. Once the prompt has been compressed, only the
+means and, for each group of heads, the 8 main directions of its covariance stay: (H + 8 G) D numbers in the model's dtype.
+Letters: B batch, T queries, H query heads, G key/value heads (R = H/G), N keys of a head, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+EVERY = 8  # of so many queries one enters the sums
+RANK = 8  # directions of a group's covariance that outlast the prompt
+AHEAD = range(0, 512, 32)  # how far ahead of the newest token the expectation looks
+
+
+class Queries(nn.Module):
+    """Statistics of one layer's queries."""
+
+    sum: Tensor  # (B, 1, H, D) and square (B, 1, H, D, D): over every 8th query, and over its outer products; float32, freed when not needed
+    square: Tensor
+    count: Tensor  # (B,): how many; -1 = this sequence's have been summarised, and it learns no more before the next prompt
+    mean: Tensor  # (B, H, D) and factor (B, G, D, RANK): what outlasts the prompt
+    factor: Tensor
+    OPEN: ClassVar[dict[str, int]] = {"sum": 1, "square": 1}
+
+    def __init__(self, config: Any, rotary: Any, batch: int, dtype: torch.dtype, device: Any, lasting: bool) -> None:
+        super().__init__()
+        self.rotary = [rotary]  # the model's module, in a list so that it is not part of this state
+        G, H, D = config.num_key_value_heads, config.num_attention_heads, config.head_dim
+        self.register_buffer("sum", torch.zeros(batch, 1, H, D, device=device))
+        self.register_buffer("square", torch.zeros(batch, 1, H, D, D, device=device))
+        self.register_buffer("count", torch.zeros(batch, device=device))
+        self.register_buffer("mean", torch.zeros(batch, H, D * lasting, dtype=dtype, device=device))
+        self.register_buffer("factor", torch.zeros(batch, G, D * lasting, RANK, dtype=dtype, device=device))
+
+    @property
+    def learning(self) -> bool:
+        return self.sum.shape[1] > 0
+
+    def attention(self, k: Tensor, seen: Tensor, count: Tensor) -> Tensor:
+        """The attention that queries behind lengths seen (B,) are expected to give to keys k (B, G, N, D), summed over a group's heads:
+        (B, G, N) float32. count (B, G, N): the n tokens behind each key, whose logit grows by log n; 0 = nothing there."""
+        learned = self.count > 0
+        if not self.mean.numel() or bool(learned.all()):
+            return self.expected(k, seen, count)
+        known = self.anticipated(k, seen, count)
+        return torch.where(learned[:, None, None], self.expected(k, seen, count), known) if bool(learned.any()) else known
+
+    def learn(self, q: Tensor, pos: Tensor) -> None:
+        """Add every 8th of the queries q (B, H, T, D) at pos (B, T) to the statistics."""
+        counts = (pos >= 0) & (pos % EVERY == 0) & (self.count >= 0)[:, None]
+        columns = counts.any(0).nonzero()[:, 0]
+        if len(columns):
+            counts = counts[:, columns]
+            x = self.rotary[0].unrotate(q[:, :, columns].float(), pos[:, columns].clamp(min=0)) * counts[:, None, :, None]
+            self.sum += x.sum(2)[:, None]
+            self.square += (x.mT @ x)[:, None]
+            self.count += counts.sum(1)
+
+    def forget(self, forget: bool) -> None:
+        if forget == (self.sum.shape[1] > 0):
+            for name in ("sum", "square"):
+                old = getattr(self, name)
+                setattr(self, name, old.new_zeros(old.shape[0], 0 if forget else 1, *old.shape[2:]))
+            self.count.zero_()
+
+    def summarize(self, which: Tensor) -> None:
+        """The sequences that `which` (B,) names have been compressed: of their queries only means and the RANK main directions of each group's
+        covariance stay, and they learn no more before the next prompt."""
+        if self.sum.shape[1]:
+            which = which & (self.count > 0)
+            n = self.count.clamp(min=1)[:, None, None]
+            mean, second = self.sum[:, 0] / n, self.square[:, 0] / n[..., None]
+            B, G, D, _ = self.factor.shape
+            cov = (second - mean[..., None] * mean[..., None, :]).view(B, G, -1, D, D).mean(2)
+            values, vectors = torch.linalg.eigh(cov)
+            factor = vectors[..., -RANK:] * values[..., None, -RANK:].clamp(min=0).sqrt()
+            self.mean.copy_(torch.where(which[:, None, None], mean.to(self.mean.dtype), self.mean))
+            self.factor.copy_(torch.where(which[:, None, None, None], factor.to(self.factor.dtype), self.factor))
+            self.count.masked_fill_(which, -1)
+            for total in (self.sum, self.square):
+                total.masked_fill_(which.view(-1, *[1] * (total.dim() - 1)), 0)
+
+    def future(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (B, H, D) and covariance (B, H, D, D) of the queries to come: those so far, turned to the positions ahead."""
+        n = self.count.clamp(min=1)[:, None, None]
+        mean, second = self.sum[:, 0] / n, self.square[:, 0] / n[..., None]
+        D = mean.shape[-1]
+        ahead = seen[:, None] + torch.tensor(AHEAD, device=seen.device)
+        eye = torch.eye(D, device=seen.device).expand(len(seen), D, D)[:, :, None].expand(-1, -1, len(AHEAD), -1)
+        turn = self.rotary[0].rotate(eye, ahead).transpose(1, 2)  # (B, P, D, D): x @ turn[p]
+        mean = mean @ turn.mean(1)
+        total = torch.zeros_like(second)
+        for p in range(len(AHEAD)):
+            total += turn[:, None, p].mT @ second @ turn[:, None, p]
+        return mean, total / len(AHEAD) - mean[..., None] * mean[..., None, :]
+
+    def anticipated(self, k: Tensor, seen: Tensor, count: Tensor) -> Tensor:
+        """`expected`, from what `summarize` kept."""
+        (B, G, _, D), scale = k.shape, k.shape[3] ** -0.5
+        each = torch.cat((self.mean.view(B, G, -1, D), self.factor.mT), 2).float()  # (B, G, R + RANK, D)
+        R = each.shape[2] - RANK
+        ahead = seen[:, None] + torch.tensor(AHEAD, device=seen.device)
+        turned = self.rotary[0].rotate(each.flatten(1, 2)[:, :, None].expand(-1, -1, len(AHEAD), -1), ahead)  # (B, G (R + RANK), P, D)
+        dots = scale * (k.float() @ turned.view(B, G, -1, D).mT).unflatten(3, (-1, len(AHEAD)))  # (B, G, N, R + RANK, P)
+        mean, spread = dots[..., :R, :], dots[..., R:, :].square().sum(3).mean(-1, keepdim=True)
+        centre = mean.mean(-1)
+        logit = centre + 0.5 * (mean.square().mean(-1) - centre.square() + spread) + count.log()[..., None]
+        return logit.softmax(2).nan_to_num_().sum(-1)
+
+    def expected(self, k: Tensor, seen: Tensor, count: Tensor) -> Tensor:
+        """The attention that the queries to come are expected to give to keys k (B, G, N, D), summed over the group's query heads (B, G, N),
+        if they are Gaussian: softmax of s mu.k + s^2/2 k.C k + log n. count (B, G, N): the n tokens behind each key; 0 = none."""
+        mean, cov = self.future(seen)
+        B, G, _, D = k.shape
+        k = k.float()
+        scale = D**-0.5
+        mean, cov = mean.view(B, G, -1, D), cov.view(B, G, -1, D, D)
+        logit = scale * k @ mean.mT  # (B, G, N, R)
+        for r in range(mean.shape[2]):
+            logit[..., r] += 0.5 * scale**2 * ((k @ cov[:, :, r]) * k).sum(-1)
+        logit = logit + count.log()[..., None]
+        return logit.softmax(2).nan_to_num_().sum(-1)
