@@ -103,6 +103,7 @@ def figures(lm: LM) -> dict[str, Any]:
         "first_token_seconds": round(s.first_token_seconds, 3),
         "cache_bytes_used": nbytes[0],
         "cache_bytes_allocated": nbytes[1],
+        "cache_bytes_peak": max(s.cache_peak_bytes, nbytes[1]),
         "peak_memory_bytes": peak,
     }
 
@@ -117,7 +118,8 @@ def show(f: dict[str, Any]) -> str:
     return (
         f"prompt {f['prompt_tokens']} tokens at {f['prefill_tokens_per_second']} tokens/s; new {f['new_tokens']} tokens"
         f"{f' at {speed} tokens/s' if speed else ''}; first token after {f['first_token_seconds']} s\n"
-        f"{f['attn']} cache {mib(f['cache_bytes_used'])} used, {mib(f['cache_bytes_allocated'])} allocated; "
+        f"{f['attn']} cache {mib(f['cache_bytes_used'])} used, {mib(f['cache_bytes_allocated'])} allocated, "
+        f"{mib(f['cache_bytes_peak'])} at its peak; "
         f"{f['dtype']}{', compiled' if f['compiled_steps'] else ''}; peak memory {mib(f['peak_memory_bytes'])}"
     )
 

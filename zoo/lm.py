@@ -34,6 +34,7 @@ class Stats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     first_token_seconds: float = 0.0
+    cache_peak_bytes: int = 0  # what the cache allocated at most while the prompt was read
     stopped_by: list[str] = field(default_factory=list)  # per sequence: "end token", "stop string" or "length"
 
     @property
@@ -118,6 +119,7 @@ class LM:
                 hidden = self.model.hidden(piece, where, cache)
                 ends = (where == (pos.amax(1, keepdim=True))) & (where >= 0)  # at most one column a sequence
                 last[ends.any(1)] = hidden[ends]
+            self.stats.cache_peak_bytes = max(self.stats.cache_peak_bytes, cache.nbytes().allocated)
             if progress:
                 progress(min(start + chunk, T), T)
         cache.end_prompt()

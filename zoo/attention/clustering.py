@@ -4,6 +4,7 @@ Letters: B batch, G heads, N points of a head, F features of a point, M clusters
 part in nothing. Numbers of clusters are tensors (B, G).
 
     coverage    centres that leave no point far from one: greedy farthest point, many at a time
+    cover       as many of them as a given radius takes
     radii       how the farthest point's distance falls with the number of centres: what one global delta is read from
     k_center    greedy farthest point to the letter, one centre at a time
     ward        merging, cheapest pair first, until few enough clusters are left
@@ -63,21 +64,21 @@ class Centres:
         self.dist.scatter_(2, picks, torch.where(valid, -torch.inf, self.dist.gather(2, picks)))
         self.used = self.used + valid.sum(-1)
 
-    def spread(self, want: Tensor) -> None:
+    def spread(self, want: Tensor, radius: float = -1.0) -> None:
         """Open want (B, G) centres at far points that are not near one another: of twice as many candidates, one that a farther one would
-        bring closer than the last that is wanted steps back."""
+        bring closer than the last that is wanted steps back. With a radius, only points that are farther than it from all centres."""
         most = int(want.max())
         if most <= 0:
             return
         top, index = self.far(2 * most)
         C = index.shape[2]
-        cut = torch.maximum(top.gather(2, (want - 1).clamp(0, C - 1)[..., None]), self.tie)
+        cut = torch.maximum(top.gather(2, (want - 1).clamp(0, C - 1)[..., None]), self.tie).clamp(min=radius**2 if radius > 0 else 0)
         x = row(self.x, index)
         near = torch.cdist(x, x).square() < cut[..., None]
         rank = torch.arange(C, device=index.device)
         shaded = (near & (rank < rank[:, None])).any(-1) & (top > 0)  # what is on a centre already takes no points from others
         order = (rank + C * shaded).argsort(dim=-1)[..., :most]
-        good = (top > -torch.inf) & ~shaded
+        good = (top > (radius**2 if radius >= 0 else -torch.inf)) & ~shaded
         self.add(index.gather(2, order), (rank[: order.shape[2]] < want[..., None]) & good.gather(2, order))
 
 
@@ -99,6 +100,20 @@ def coverage(x: Tensor, alive: Tensor, clusters: Tensor, first: Tensor, starts: 
     for left in (*range(ROUNDS, 0, -1), 1, 1):  # the last two take what stepped back in the one before
         c.spread((clusters - c.used + left - 1) // left)
     return torch.where(alive, c.label, -1)
+
+
+def cover(x: Tensor, alive: Tensor, radius: float, most: Tensor) -> tuple[Tensor, Tensor]:
+    """As many centres as it takes to have no point farther than `radius` from one, but no more than most (B, G): labels (B, G, N) from 0, -1
+    where not alive, and the numbers of centres (B, G)."""
+    c = Centres(x, alive)
+    picks = alive.to(torch.uint8).argmax(-1, keepdim=True)
+    c.add(picks, alive.gather(2, picks) & (most > 0)[..., None])
+    while True:
+        far = (c.dist > radius**2).sum(-1)
+        want = torch.minimum(torch.minimum(far, most - c.used), c.used.clamp(min=8)) * (c.used > 0)
+        if not bool((want > 0).any()):
+            return torch.where(alive, c.label, -1), c.used
+        c.spread(want, radius)
 
 
 def radii(x: Tensor, alive: Tensor, most: int) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ from torch import Tensor
 from zoo import random
 from zoo.attention.budgeted import SINKS, Budgeted, BudgetedCache, BudgetedCaches, names
 from zoo.attention.cache import Caches
-from zoo.attention.clustering import coverage, gathered, latest, principal, radii, rounded, ward
+from zoo.attention.clustering import cover, coverage, gathered, latest, principal, radii, rounded, ward
 from zoo.attention.queries import RANK, Queries
 from zoo.attention.shares import HIGH, fill, one_delta
 from zoo.attention.slots import PAGE, Slots
@@ -189,9 +189,12 @@ class SubGenCache(BudgetedCache):
         exact = self.exact(pos, count, attention, room)
         rest = alive & ~exact
         clusters = torch.minimum(room - exact.sum(-1), rest.sum(-1))
-        heads = torch.arange(pos.shape[1], device=pos.device)[:, None]
-        noise = random.gumbel(self.method.seed, torch.full_like(heads, self.index), heads, pos)
-        label = coverage(self.points(slots, rest), rest, clusters, u.clamp(min=1e-20).log() + noise, clusters // 4)
+        if self.method.delta:
+            label, clusters = cover(self.points(slots, rest), rest, self.method.delta, clusters)
+        else:
+            heads = torch.arange(pos.shape[1], device=pos.device)[:, None]
+            noise = random.gumbel(self.method.seed, torch.full_like(heads, self.index), heads, pos)
+            label = coverage(self.points(slots, rest), rest, clusters, u.clamp(min=1e-20).log() + noise, clusters // 4)
         label = torch.where(exact, clusters[..., None] + exact.cumsum(-1) - 1, label)
         if self.method.bounded:
             self.queries.summarize(which)
@@ -358,16 +361,15 @@ class SubGenCaches(BudgetedCaches):
         return torch.stack([stretch(c) for c, _ in out]), torch.stack([stretch(r) for _, r in out])
 
     def by_delta(self, which: Tensor) -> Tensor:
-        """Pages by the number of centres that delta asks for, with the heavy tokens on top and room to grow."""
+        """Pages for as many clusters as delta asks for, and heavy tokens in proportion."""
         share = self.pages[0].share.clone()
         for cache in self:
             slots = cache.candidates(self.tokens_seen, which)
             alive = (slots["pos"] >= 0) & which[:, None, None]
-            x = cache.points(slots, alive)
-            counts, found = radii(x, alive, x.shape[2])
-            need = torch.where(found <= self.method.delta, counts, torch.inf).amin(-1)
-            need = torch.minimum(need, alive.sum(-1)) / (1 - HEAVY) * 1.5 + SINKS
-            share[cache.index] = torch.where(which[:, None], (need / PAGE).ceil().to(share.dtype), share[cache.index])
+            tokens = alive.sum(-1)
+            _, clusters = cover(cache.points(slots, alive), alive, self.method.delta, tokens)
+            rows = torch.minimum(SINKS + (clusters / (1 - HEAVY)).long(), tokens)
+            share[cache.index] = torch.where(which[:, None], ((rows + PAGE - 1) // PAGE).to(share.dtype), share[cache.index])
         return share
 
     def compress(self, which: Tensor) -> None:
