@@ -5,10 +5,12 @@
     python scripts/measure_quality.py passkey --text FILE --seeds 32
     python scripts/measure_quality.py report kl.jsonl
 
-`kl` (protocol prefill): exact attention over a prompt, compressed once at its end, the next 256 true tokens fed exactly and kept, mean KL(full ||
-method) over them, in nats. `stream`: the prompt, then 768 true tokens fed one block after the other with the cache never above its budget; mean
-KL over the 768. `passkey`: a number in prose, the question unseen while compressing. A row says the slots that were left at the prompt's end, keys
-and values counted as they are stored, over the prompt's tokens. Passages follow one another through the text.
+`kl` (protocol prefill): exact attention over a prompt, compressed once at its end, the next 256 true tokens fed exactly and kept, mean
+KL(full || method) over them, in nats. `stream`: the prompt, then 768 true tokens fed with the cache never above its budget; mean KL
+over the
+768. `prompt-stream`: never above it inside the prompt either. `passkey`: a number in prose, the question unseen while compressing. A
+row says
+the slots that were left at the prompt's end over the prompt's tokens. Passages follow one another through the text.
 """
 
 from __future__ import annotations
@@ -159,7 +161,8 @@ def run_kl(lm: Any, args: argparse.Namespace) -> None:
                     again.end_prompt()
                     print("adopted and read differ by", float((follow(lm, again, ids[n:]) - got).abs().max()))
                 emit(args, task=args.task, tokens=n, passage=number, attn=spelling, share=share, size=round(held, 4), kl=kl(true, got),
-                     top1=float((true.argmax(-1) == got.argmax(-1)).float().mean()), seconds=round(seconds, 3), nbytes=one.nbytes().used)  # fmt: skip
+                     top1=float((true.argmax(-1) == got.argmax(-1)).float().mean()), seconds=round(seconds, 3),
+                     nbytes=one.nbytes().used)  # fmt: skip
 
 
 def run_passkey(lm: Any, args: argparse.Namespace) -> None:
@@ -217,13 +220,13 @@ def report(path: str) -> None:
                 held = statistics.fmean(r["size"] for r in these)
                 if task == "passkey":
                     right = sum(r["right"] for r in these)
-                    print(
-                        f"  {attn:28} {right:3}/{len(these)}  log-probability {statistics.fmean(r['logprob'] for r in these):7.2f}  size {held:.4f}"
-                    )
+                    logprob = statistics.fmean(r["logprob"] for r in these)
+                    print(f"  {attn:28} {right:3}/{len(these)}  log-probability {logprob:7.2f}  size {held:.4f}")
                     continue
                 values = [r["kl"] for r in these]
                 low, high = interval(values)
-                line = f"  {attn:28} KL {statistics.fmean(values):.4f} [{low:.4f}, {high:.4f}] top1 {statistics.fmean(r['top1'] for r in these):.3f} size {held:.4f}"
+                top1 = statistics.fmean(r["top1"] for r in these)
+                line = f"  {attn:28} KL {statistics.fmean(values):.4f} [{low:.4f}, {high:.4f}] top1 {top1:.3f} size {held:.4f}"
                 if attn != "subgen" and all(r["passage"] in mine for r in these):
                     logs = [math.log(mine[r["passage"]] / r["kl"]) for r in these]
                     lo, hi = interval(logs)

@@ -34,7 +34,8 @@ PROMPT = "Call me Ishmael. Some years ago"
 PROMPTS = ["never mind how long precisely, having little", "x", PROMPT]
 FIGURES = re.compile(
     r"prompt (\d+) tokens at [\d.]+ tokens/s; new (\d+) tokens(?: at [\d.]+ tokens/s)?; first token after [\d.]+ s\n"
-    r"(\S+) cache [\d.]+ MiB used, [\d.]+ MiB allocated, [\d.]+ MiB at its peak; (float32|float16|bfloat16)(, compiled)?; peak memory [\d.]+ MiB\n"
+    r"(\S+) cache [\d.]+ MiB used, [\d.]+ MiB allocated, [\d.]+ MiB at its peak; "
+    r"(float32|float16|bfloat16)(, compiled)?; peak memory [\d.]+ MiB\n"
 )
 
 

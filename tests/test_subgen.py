@@ -1,4 +1,5 @@
-"""subgen: its clustering, its estimates of attention, what its slots say, heads of different lengths, bytes as seen from outside, and quality."""
+"""subgen: its clustering, its estimates of attention, what its slots say, heads of different lengths, bytes as seen from outside, and
+quality."""
 
 from __future__ import annotations
 
@@ -112,10 +113,10 @@ def test_k_center_is_greedy_farthest_point() -> None:
             centres = [points[0]]
             while len(centres) < min(int(most[b, h]), len(points)):
                 apart = {i: min(float((x[b, h, i] - x[b, h, c]).norm()) for c in centres) for i in points if i not in centres}
-                centres.append(max(apart, key=lambda i: apart[i]))  # noqa: B023
+                centres.append(max(apart, key=lambda i: apart[i]))
             assert [p for p in picks[b, h].tolist() if p >= 0] == centres
             for i in range(40):
-                nearest = min(range(len(centres)), key=lambda c: float((x[b, h, i] - x[b, h, centres[c]]).norm()))  # noqa: B023
+                nearest = min(range(len(centres)), key=lambda c: float((x[b, h, i] - x[b, h, centres[c]]).norm()))
                 assert int(label[b, h, i]) == (nearest if alive[b, h, i] else -1)
 
 
@@ -146,9 +147,9 @@ def test_ward_merges_the_cheapest_pair() -> None:
             (a, b): float(w[0, 0, a] * w[0, 0, b] / (w[0, 0, a] + w[0, 0, b]) * (x[0, 0, a] - x[0, 0, b]).square().sum())
             for a in live
             for b in live
-            if a < b and {a, b} & set(sorted(live, key=lambda i: float(w[0, 0, i]))[:4])  # noqa: B023
+            if a < b and {a, b} & set(sorted(live, key=lambda i: float(w[0, 0, i]))[:4])
         }
-        a, b = min(cost, key=lambda pair: cost[pair])  # noqa: B023
+        a, b = min(cost, key=lambda pair: cost[pair])
         assert into.tolist() == [a if i == b else i for i in range(12)]
 
 
@@ -296,7 +297,8 @@ def test_heads_own_what_they_need(lm: LM, ids: Tensor) -> None:
 
 
 def test_a_token_that_one_query_needed_stays_exact(lm: LM) -> None:
-    """Half of the heavy tokens are those of the highest squares: one look of 0.9 outweighs a thousand of 0.001; the mean does not see it."""
+    """Half of the heavy tokens are those of the highest squares: one look of 0.9 outweighs a thousand of 0.001; the mean does not see
+    it."""
     cache = filled(lm, "subgen:budget=300,when=prompt", torch.arange(40)[None])[0]
     pos = torch.arange(100).expand(1, 2, 100)
     count, mean, spikes = torch.ones(1, 2, 100), torch.rand(1, 2, 100, generator=generator(1)) + 1, torch.rand(1, 2, 100) * 1e-3
@@ -357,10 +359,12 @@ def test_delta_bounds_distances_and_the_number_follows_the_text(lm: LM) -> None:
 # Tables
 
 
-def test_calibrate_and_heads_by_table(lm: LM, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_calibrate_and_heads_by_table(
+    lm: LM, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Without a table one line says how to make it; calibrate makes it; then heads own what it says."""
     monkeypatch.setenv("ZOO_CACHE", str(tmp_path))
-    with pytest.raises(ZooError, match="zoo.calibrate subgen"):
+    with pytest.raises(ZooError, match=r"zoo\.calibrate subgen"):
         zoo.load(str(tiny), attn="subgen:heads=table", compile="off").new_cache()
     text = tmp_path / "text.txt"
     text.write_text(" ".join(str(i * 7919 % 1000) for i in range(1500)))
@@ -388,7 +392,12 @@ def test_calibrate_and_heads_by_table(lm: LM, tiny: Path, tmp_path: Path, monkey
 
 @pytest.mark.parametrize(
     ("change", "says"),
-    [(["--tokens", "5"], "at least 128"), (["--passages", "0"], "at least 1"), (["--text", "/nowhere"], "cannot read"), (["--tokens", "2000"], "shorter")],
+    [
+        (["--tokens", "5"], "at least 128"),
+        (["--passages", "0"], "at least 1"),
+        (["--text", "/nowhere"], "cannot read"),
+        (["--tokens", "2000"], "shorter"),
+    ],
 )
 def test_calibrate_bad_input(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: list[str], says: str) -> None:
     """One line, exit code 2."""
@@ -477,5 +486,3 @@ def test_spelling() -> None:
     assert str(SubGen()) == "subgen:budget=25%/256"
     assert parse("subgen") == SubGen()
     assert str(parse("subgen:budget=1024,scores=expected")) == "subgen:budget=1024,scores=expected"
-
-

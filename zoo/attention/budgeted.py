@@ -187,7 +187,8 @@ class BudgetedCache(Cache):
         return PagedSlots(p.k, p.v, p.pos, p.a, self.listed, self.owner, self.table, spans, self.window)
 
     def observe(self, q: Tensor, pos: Tensor, whole: Parts, tail: Slots, settled: PagedSlots | None) -> None:
-        """Add up the attention that slots get, to the method's `powers`: from all queries of a prompt, and from every `observes`-th one later,
+        """Add up the attention that slots get, to the method's `powers`: from all queries of a prompt, and from every `observes`-th
+        one later,
         by position, which then stands for as many. Never more than the queries of one call x slots."""
         every = 1 if self.prompt_open else self.method.observes
         counts = (pos >= 0) & (pos % every == 0)

@@ -103,7 +103,8 @@ def coverage(x: Tensor, alive: Tensor, clusters: Tensor, first: Tensor, starts: 
 
 
 def cover(x: Tensor, alive: Tensor, radius: float, most: Tensor) -> tuple[Tensor, Tensor]:
-    """As many centres as it takes to have no point farther than `radius` from one, but no more than most (B, G): labels (B, G, N) from 0, -1
+    """As many centres as it takes to have no point farther than `radius` from one, but no more than most (B, G): labels (B, G, N) from
+    0, -1
     where not alive, and the numbers of centres (B, G)."""
     c = Centres(x, alive)
     picks = alive.to(torch.uint8).argmax(-1, keepdim=True)

@@ -1,7 +1,8 @@
 """What queries to come will attend to, judged by those so far (expected attention).
 
     queries, rotated back by their positions, are taken for Gaussian, with their mean and covariance
-    M = average over positions p ahead of R_p (C + mu mu^T) R_p^T,  m = average of R_p mu     expected attention_j = softmax_j(s m.k_j + s^2/2 k_j (M - m m^T) k_j)
+    M = average over positions p ahead of R_p (C + mu mu^T) R_p^T,  m = average of R_p mu
+    expected attention_j = softmax_j(s m.k_j + s^2/2 k_j (M - m m^T) k_j)
 While a prompt is read, every 8th query enters the sums: H (D^2 + D) float32 numbers a layer. Once the prompt has been compressed, only the
 means and, for each group of heads, the 8 main directions of its covariance stay: (H + 8 G) D numbers in the model's dtype.
 Letters: B batch, T queries, H query heads, G key/value heads (R = H/G), N keys of a head, D head size.
@@ -22,7 +23,9 @@ AHEAD = range(0, 512, 32)  # how far ahead of the newest token the expectation l
 class Queries(nn.Module):
     """Statistics of one layer's queries."""
 
-    sum: Tensor  # (B, 1, H, D) and square (B, 1, H, D, D): over every 8th query, and over its outer products; float32, freed when not needed
+    sum: (
+        Tensor  # (B, 1, H, D) and square (B, 1, H, D, D): over every 8th query, and over its outer products; float32, freed when not needed
+    )
     square: Tensor
     count: Tensor  # (B,): how many; -1 = this sequence's have been summarised, and it learns no more before the next prompt
     mean: Tensor  # (B, H, D) and factor (B, G, D, RANK): what outlasts the prompt
@@ -71,7 +74,8 @@ class Queries(nn.Module):
             self.count.zero_()
 
     def summarize(self, which: Tensor) -> None:
-        """The sequences that `which` (B,) names have been compressed: of their queries only means and the RANK main directions of each group's
+        """The sequences that `which` (B,) names have been compressed: of their queries only means and the RANK main directions of each
+        group's
         covariance stay, and they learn no more before the next prompt."""
         if self.sum.shape[1]:
             which = which & (self.count > 0)
@@ -115,7 +119,8 @@ class Queries(nn.Module):
         return logit.softmax(2).nan_to_num_().sum(-1)
 
     def expected(self, k: Tensor, seen: Tensor, count: Tensor) -> Tensor:
-        """The attention that the queries to come are expected to give to keys k (B, G, N, D), summed over the group's query heads (B, G, N),
+        """The attention that the queries to come are expected to give to keys k (B, G, N, D), summed over the group's query heads (B,
+        G, N),
         if they are Gaussian: softmax of s mu.k + s^2/2 k.C k + log n. count (B, G, N): the n tokens behind each key; 0 = none."""
         mean, cov = self.future(seen)
         B, G, _, D = k.shape

@@ -2,9 +2,9 @@
 
     a cluster C of n tokens is one slot:  k = sum u_i k_i / sum u_i,  v = sum u_i v_i / sum u_i,  a = b = log n
     u_i = expected attention to token i, times |v_i|, over its mean, + 0.01         out(q) = softmax over all slots of (s q.k + a), times v
-The paper clusters keys online, because similar keys get similar scores. After the rotary embedding keys of one meaning lie apart and clusters
-grow in step with the tokens; rotated *back* by their position they do cluster. So distances are between un-rotated keys, and a slot shows
-the mean of the rotated ones.
+The paper clusters keys online, because similar keys get similar scores. After the rotary embedding keys of one meaning lie apart and
+clusters grow in step with the tokens; rotated *back* by their position they do cluster. So distances are between un-rotated keys, and a slot
+shows the mean of the rotated ones.
 
 slots, in each layer and head:  the first 4 tokens and the recent ones (an eighth of the budget), exact
                                 the tokens that got most attention (half of what is left), exact
@@ -18,10 +18,10 @@ Their number then grows as the text asks, sublinearly where keys cluster: the pa
 
 scores=attention: which tokens are heavy is measured, from all queries of a prompt and every 8th one later: half of them by the attention
 that they got on average, half by its squares. scores=expected: estimated from the queries' mean and covariance, as u is; no mass at all.
-exact when: budget >= tokens. cost: `budget` slots read a step. Beside a slot: its count, position, mean position, weight and the attention that it got, and,
-unless when=prompt, 16 principal coordinates of its un-rotated key, charged to the budget.
-Query statistics (H D^2 numbers a layer, from every 8th query) are kept while a prompt is read; their means and main directions later. A cluster carries the position of its
-newest token, and leaves a model's sliding window with it; it is not decremented before.
+exact when: budget >= tokens (by delta: up to 512 tokens). cost: `budget` slots read a step. Beside a slot: its count, position, mean position,
+weight and the attention that it got, and, unless when=prompt, 16 principal coordinates of its un-rotated key, charged to the budget.
+Query statistics (H D^2 numbers a layer, from every 8th query) are kept while a prompt is read; their means and main directions later.
+A cluster carries the position of its newest token, and leaves a model's sliding window with it; it is not decremented before.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class SubGen(Budgeted):
         fields = super().fields(config, dtype)
         if self.bounded:
             fields["x"] = (self.features(config.head_dim), dtype)
-        return fields | {name: (0, torch.float32) for name in self.beside}
+        return fields | dict.fromkeys(self.beside, (0, torch.float32))
 
     def layer(self, index: int, pages: Pages, rotary: Any, config: Any, batch: int, dtype: torch.dtype, device: Any) -> BudgetedCache:
         return SubGenCache(self, index, pages, rotary, config, batch, dtype, device)
@@ -201,7 +201,8 @@ class SubGenCache(BudgetedCache):
         return self.merged(slots | {"weight": u}, label, torch.where(exact, 1.0, u), count, int(room.max()))
 
     def weights(self, slots: dict[str, Tensor], seen: Tensor, count: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """u, and by what tokens are heavy: (B, G, N) each, for slots of count tokens. Half of the heavy ones are those that got most attention
+        """u, and by what tokens are heavy: (B, G, N) each, for slots of count tokens. Half of the heavy ones are those that got most
+        attention
         from the queries that could see them, half those of the greatest squares: that a single query needed, as a name or number is."""
         expected = self.queries.attention(slots["k"], seen, count)
         w = (expected / self.group + 0.01 * count / count.sum(-1, keepdim=True).clamp(min=1)) * slots["v"].float().norm(dim=-1)
@@ -251,7 +252,8 @@ class SubGenCache(BudgetedCache):
         return self.merged(slots | {"weight": weight}, label, weight.clamp(min=1e-20), count, max(int(room.max()), 1))
 
     def join(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, due: Tensor) -> dict[str, Tensor]:
-        """By delta: a token that leaves the recent ones joins the nearest cluster if that is no farther than delta, and opens one otherwise."""
+        """By delta: a token that leaves the recent ones joins the nearest cluster if that is no farther than delta, and opens one
+        otherwise."""
         pos = slots["pos"].long()
         alive, size = pos >= 0, pos.shape[2]
         count, own = torch.where(alive, slots["a"].exp().round(), 0), torch.arange(size, device=pos.device)
@@ -264,7 +266,9 @@ class SubGenCache(BudgetedCache):
         into = torch.where(joins, near.indices, own[old:])
         waiting &= ~joins
         among = torch.cdist(x[:, :, old:], x[:, :, old:])
-        while bool(waiting.any()):  # the first of those that wait opens a cluster, and takes what is near: at most a block's tokens of rounds
+        while bool(
+            waiting.any()
+        ):  # the first of those that wait opens a cluster, and takes what is near: at most a block's tokens of rounds
             first = waiting.to(torch.uint8).argmax(-1, keepdim=True)
             joins = waiting & (among.gather(2, first[..., None].expand(*first.shape, size - old))[:, :, 0] <= self.method.delta)
             joins |= waiting & (own[: size - old] == first)
@@ -322,7 +326,7 @@ class SubGenCaches(BudgetedCaches):
 
     def shares(self, which: Tensor) -> Tensor:
         share = self.pages[0].share.clone()
-        L, B, G = share.shape
+        L, _, G = share.shape
         if self.method.delta:
             return self.by_delta(which)
         if self.method.heads == "prompt":
