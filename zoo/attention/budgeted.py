@@ -31,6 +31,7 @@ from zoo.attention.slots import (
     Parts,
     Slots,
     attention,
+    blend,
     chunk_mass,
     finish,
     flash_pages,
@@ -176,15 +177,15 @@ class BudgetedCache(Cache):
         whole: Parts = (flash_slots if fused else slot_parts)(q, pos, tail)
         settled = self.read_settled()
         if some:
-            whole = merge(whole, (flash_pages if fused else paged_parts)(q, pos, settled))
+            whole = blend(whole, flash_pages(q, pos, settled)) if fused else merge(whole, paged_parts(q, pos, settled))
         if observing:
             self.observe(q, pos, whole, tail, settled if some else None)
-        return finish(whole, q.dtype)
+        return whole.num.view(q.shape).to(q.dtype) if fused else finish(whole, q.dtype)
 
     def read_settled(self) -> PagedSlots:
         p = self.pages
-        spans = () if torch.compiler.is_compiling() else tuple(zip(p.first[self.index], p.count[self.index], strict=True))
-        return PagedSlots(p.k, p.v, p.pos, p.a, self.listed, self.owner, self.table, spans, self.window)
+        views = () if torch.compiler.is_compiling() else p.views(self.index)
+        return PagedSlots(p.k, p.v, p.pos, p.a, self.listed, self.owner, self.table, (), views, self.window)
 
     def observe(self, q: Tensor, pos: Tensor, whole: Parts, tail: Slots, settled: PagedSlots | None) -> None:
         """Add up the attention that slots get, to the method's `powers`: from all queries of a prompt, and from every `observes`-th

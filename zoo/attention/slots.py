@@ -49,7 +49,7 @@ class PagedSlots:
 
     k, v (P, PAGE, D), pos, a (P, PAGE): an arena of pages. `pages` (N,) are those read here, `owner` (N,) the head b G + g of each, and
     `table` (B G, J) where in that list each head's pages stand; lists are padded with a page whose positions are all -1. `spans` says the
-    same as ranges: head -> (first page, pages), contiguous.
+    same as ranges: head -> (first page, pages), contiguous; `views`, where given, what `show` makes of them.
     """
 
     k: Tensor
@@ -60,6 +60,7 @@ class PagedSlots:
     owner: Tensor
     table: Tensor
     spans: Sequence[tuple[int, int]] = ()
+    views: Sequence[tuple[int, Tensor, Tensor, Tensor, Tensor]] | None = None
     window: int | None = None
 
 
@@ -183,15 +184,19 @@ def chunk_mass(q: Tensor, q_pos: Tensor, slots: Slots, whole: Parts, powers: Seq
     (B, _, T, D), (G, S) = q.shape, slots.k.shape[1:3]
     lse = (whole.max_den + whole.den.log()).where(whole.den > 0, torch.inf)
     high = lse.clamp(max=1e4).to(q.dtype)
-    low = (lse.clamp(max=1e4) - high.to(lse.dtype)).to(q.dtype)  # two columns say -lse better than one
-    left = torch.cat((q.view(B, G, -1, T, D) * D**-0.5, -high[..., None], -low[..., None]), -1).flatten(2, 3)
+    rest = (lse.clamp(max=1e4) - high.to(lse.dtype)).to(q.dtype)  # two columns say -lse better than one
+    left = torch.cat((q.view(B, G, -1, T, D) * D**-0.5, -high[..., None], -rest[..., None]), -1).flatten(2, 3)
     prob = left @ torch.cat((slots.k, slots.k.new_ones(B, G, S, 2)), -1).mT  # (B, G, R T, S): logarithms, for now
-    seen = visible(q_pos, slots)
     held = (slots.pos >= 0).any(1)  # (B, S)
-    hidden = (~seen.any(1).all(1) & held).any(0).nonzero()
-    if len(hidden):
-        first = int(hidden[0])
-        prob.unflatten(2, (-1, T))[..., first:].masked_fill_(~seen[:, :, None, :, first:], -torch.inf)
+    low = q_pos.where(q_pos >= 0, 2**40).amin(1)[:, None, None]
+    hidden = slots.pos > low
+    if slots.window is not None:
+        hidden |= slots.pos <= q_pos.amax(1)[:, None, None] - slots.window
+    columns = (hidden & (slots.pos >= 0)).flatten(0, 1).any(0).nonzero()
+    if len(columns):
+        first = int(columns[0])
+        some = Slots(slots.k, slots.v, slots.pos[:, :, first:], window=slots.window)
+        prob.unflatten(2, (-1, T))[..., first:].masked_fill_(~visible(q_pos, some)[:, :, None], -torch.inf)
     weight = (q_pos >= 0).to(q.dtype)[:, None, None].expand(B, G, prob.shape[2] // T, T).reshape(B, G, 1, -1)
     prob.exp_()
     sums = [weight @ prob]
@@ -257,27 +262,47 @@ def flash_slots(q: Tensor, q_pos: Tensor, slots: Slots) -> Parts:
     return flash(q.reshape(B, G, -1, D), slots.k, slots.v, bias, T)
 
 
+def show(
+    k: Tensor, v: Tensor, a: Tensor, pos: Tensor, spans: Sequence[tuple[int, int]]
+) -> list[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+    """The heads that hold something, out of an arena of pages: (head, k, v (1, 1, S, D), a, pos (1, 1, 1, S)), views."""
+    found = []
+    for head, (first, n) in enumerate(spans):
+        rows = slice(first, first + n)
+        if n and bool((pos[rows] >= 0).any()):
+            found.append((head, *(x[rows].flatten(0, 1)[None, None] for x in (k, v)), *(x[rows].view(1, 1, 1, -1) for x in (a, pos))))
+    return found
+
+
 def flash_pages(q: Tensor, q_pos: Tensor, slots: PagedSlots) -> Parts:
     """`paged_parts` by `flash`, one head after the other: each reads its own contiguous pages, and nothing is padded."""
     B, H, T, D = q.shape
     heads = slots.table.shape[0]
     q = q.reshape(heads, 1, 1, -1, D)
-    wide, parts = torch.promote_types(q.dtype, torch.float32), []
-    for head, (first, n) in enumerate(slots.spans):
-        rows = slice(first, first + n)
-        k, v = slots.k[rows].view(1, 1, -1, D), slots.v[rows].view(1, 1, -1, D)
-        bias = slots.a[rows].view(1, 1, 1, -1).to(wide)  # -inf where a row is empty; whatever is here is older than the queries
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out = torch.zeros(heads, q.shape[3], D, dtype=q.dtype, device=q.device)
+    lse = torch.full((heads, q.shape[3]), -torch.inf, dtype=wide, device=q.device)
+    views = show(slots.k, slots.v, slots.a, slots.pos, slots.spans) if slots.views is None else slots.views
+    for head, k, v, bias, pos in views:
         if slots.window is not None:
-            pos, at = slots.pos[rows].view(1, 1, 1, -1), q_pos[head * B // heads].view(1, 1, T, 1)
+            at = q_pos[head * B // heads].view(1, 1, T, 1)
             bias = torch.where(pos > at - slots.window, bias, -torch.inf).repeat(1, 1, H // (heads // B), 1)
-        if n:
-            parts.append(flash(q[head], k, v, bias, T))
-        else:
-            none = torch.full((1, 1, q.shape[3] // T, T), -torch.inf, dtype=wide, device=q.device)
-            parts.append(Parts(none.new_zeros(*none.shape, D), none, torch.zeros_like(none), none))
-    num, top, _, _ = (torch.cat(x).unflatten(0, (B, -1)).squeeze(2) for x in zip(*parts, strict=True))
-    top = top.masked_fill((q_pos < 0)[:, None, None], -torch.inf)
-    return Parts(num, top, (top > -torch.inf).to(top.dtype), top)
+        o, top = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q[head], k, v, attn_mask=bias.to(wide))
+        if slots.window is not None:
+            top = top.masked_fill(~(bias > -torch.inf).any(-1), -torch.inf)  # the kernel says 0 where nothing is seen
+        out[head], lse[head] = o[0, 0], top[0, 0]
+    num, lse = out.to(wide).view(B, heads // B, -1, T, D), lse.view(B, heads // B, -1, T)
+    if T > 1:  # a padded query sees nothing, whatever lies in the pages
+        lse = lse.masked_fill((q_pos < 0)[:, None, None], -torch.inf)
+        num = num * (q_pos >= 0)[:, None, None, :, None]
+    return Parts(num, lse, (lse > -torch.inf).to(wide), lse)
+
+
+def blend(x: Parts, y: Parts) -> Parts:
+    """`merge` of two parts that `flash` made, whose num is an output already."""
+    share = (y.max_den - x.max_den).sigmoid().nan_to_num(0.0)  # NaN where neither saw anything
+    lse = torch.logaddexp(x.max_den, y.max_den)
+    return Parts(torch.lerp(x.num, y.num, share[..., None]), lse, torch.maximum(x.den, y.den), lse)
 
 
 BACKENDS: dict[str, Any] = {"eager": slot_attention, "sdpa": sdpa}

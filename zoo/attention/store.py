@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from zoo.attention.slots import PAGE, Slots
+from zoo.attention.slots import PAGE, Slots, show
 
 EMPTY = {"pos": -1, "a": -math.inf}  # what a page's row without a slot says
 
@@ -168,6 +168,7 @@ class Pages(nn.Module):
         first = (1 + flat.cumsum(0) - flat).view(self.share.shape)
         self.first: list[list[int]] = first.flatten(1).tolist()
         self.count: list[list[int]] = self.share.flatten(1).tolist()
+        self.shown: list[list[tuple[int, Tensor, Tensor, Tensor, Tensor]] | None] = [None] * len(self.share)
 
     def lists(self, layer: int, avoid: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """For a layer: its pages (N,), the head b G + g that owns each (N,), and for each head where its pages stand in that list
@@ -193,6 +194,14 @@ class Pages(nn.Module):
         first, n = self.first[layer][head], self.count[layer][head]
         return getattr(self, name)[first : first + n].flatten(0, 1)
 
+    def views(self, layer: int) -> list[tuple[int, Tensor, Tensor, Tensor, Tensor]]:
+        """What `show` makes of a layer's pages; kept until they change."""
+        shown = self.shown[layer]
+        if shown is None:
+            spans = list(zip(self.first[layer], self.count[layer], strict=True))
+            shown = self.shown[layer] = show(self.k, self.v, self.a, self.pos, spans)
+        return shown
+
     def rows(self, layer: int) -> Tensor:
         """(B, G, J PAGE) int64: the arena's rows that each head owns; a row of page 0 where a head is shorter than the longest."""
         counts, first = (torch.tensor(x[layer], device=self.device).view(self.share.shape[1:]) for x in (self.count, self.first))
@@ -208,6 +217,7 @@ class Pages(nn.Module):
     def replace(self, layer: int, slots: Mapping[str, Tensor]) -> None:
         """Write a layer's slots, given as `read` gives them; slots with pos -1 and what is beyond a head's pages are left out. Slots
         must come first: a head's n-th slot goes to its n-th row."""
+        self.shown[layer] = None
         rows = self.rows(layer)
         n = min(rows.shape[2], slots["pos"].shape[2])
         assert not bool((slots["pos"][:, :, n:] >= 0).any()), "more slots than a head's pages hold"

@@ -3,8 +3,8 @@
     a cluster C of n tokens is one slot:  k = sum u_i k_i / sum u_i,  v = sum u_i v_i / sum u_i,  a = b = log n
     u_i = expected attention to token i, times |v_i|, over its mean, + 0.01         out(q) = softmax over all slots of (s q.k + a), times v
 The paper clusters keys online, because similar keys get similar scores. After the rotary embedding keys of one meaning lie apart and
-clusters grow in step with the tokens; rotated *back* by their position they do cluster. So distances are between un-rotated keys, and a slot
-shows the mean of the rotated ones.
+clusters grow in step with the tokens; rotated *back* by their position they do cluster. So distances are between un-rotated keys, and a
+slot shows the mean of the rotated ones.
 
 slots, in each layer and head:  the first 4 tokens and the recent ones (an eighth of the budget), exact
                                 the tokens that got most attention (half of what is left), exact
@@ -18,8 +18,8 @@ Their number then grows as the text asks, sublinearly where keys cluster: the pa
 
 scores=attention: which tokens are heavy is measured, from all queries of a prompt and every 8th one later: half of them by the attention
 that they got on average, half by its squares. scores=expected: estimated from the queries' mean and covariance, as u is; no mass at all.
-exact when: budget >= tokens (by delta: up to 512 tokens). cost: `budget` slots read a step. Beside a slot: its count, position, mean position,
-weight and the attention that it got, and, unless when=prompt, 16 principal coordinates of its un-rotated key, charged to the budget.
+exact when: budget >= tokens (by delta: up to 512 tokens). cost: `budget` slots read a step. Beside a slot: its count, position, mean
+position, weight and the attention that it got, and, unless when=prompt, 16 principal coordinates of its un-rotated key, charged to the budget.
 Query statistics (H D^2 numbers a layer, from every 8th query) are kept while a prompt is read; their means and main directions later.
 A cluster carries the position of its newest token, and leaves a model's sliding window with it; it is not decremented before.
 """
