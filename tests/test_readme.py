@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import zoo
-from zoo import attention, bench, chat, cli, generate, inspection, models
+from zoo import attention, bench, calibrate, chat, cli, generate, inspection, models
 from zoo.attention.cache import Bytes
 from zoo.errors import ZooError
 
@@ -36,7 +36,12 @@ def test_the_commands_were_found() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("family", ["tiny", "tiny_mistral", "tiny_neox"])
 def test_readme_command(
-    command: str, family: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: str,
+    family: str,
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """Runs as written on each family, but for the model and the length of the answer."""
     folder = request.getfixturevalue(family)
@@ -49,11 +54,15 @@ def test_readme_command(
     extra = ["--model", str(folder)]
     if module == "zoo.checkpoint":
         extra, argv = [], [argv[0], str(folder)]
+    elif module == "zoo.calibrate":
+        monkeypatch.setenv("ZOO_CACHE", str(tmp_path))
+        extra, argv = [], [argv[0], str(folder), *argv[2:]]
     elif module == "zoo.bench":
         extra += ["--prompt-tokens", "4", "--new-tokens", "3", "--repeats", "2", "--compile", "off", "--dtype", "float32"]
     elif "--list" not in argv:
         extra += ["--max-new-tokens", "5"]
-    main = {"zoo.generate": generate.main, "zoo.chat": chat.main, "zoo.bench": bench.main, "zoo.checkpoint": inspection.main}[module]
+    mains = {"zoo.generate": generate, "zoo.chat": chat, "zoo.bench": bench, "zoo.checkpoint": inspection, "zoo.calibrate": calibrate}
+    main = mains[module].main
     assert cli.run(main, extra + argv) == 0
     out, err = capsys.readouterr()
     assert out.strip()

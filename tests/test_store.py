@@ -41,7 +41,7 @@ def test_slot_store_verbs() -> None:
 def test_shared_rows_and_their_mass() -> None:
     """shared=True: one row of positions for all heads and no log-weights. A new token begins with no attention, the others keep theirs,
     also where rows move, each sequence its own way."""
-    store = SlotStore(2, 3, 4, D, torch.float32, "cpu", shared=True, mass=True)
+    store = SlotStore(2, 3, 4, D, torch.float32, "cpu", shared=True, beside=["mass"])
     assert store.pos.shape == (2, 1, 4)
     assert store.a is None
     assert store.mass is not None

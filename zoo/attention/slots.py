@@ -270,7 +270,8 @@ def show(
     for head, (first, n) in enumerate(spans):
         rows = slice(first, first + n)
         if n and bool((pos[rows] >= 0).any()):
-            found.append((head, *(x[rows].flatten(0, 1)[None, None] for x in (k, v)), *(x[rows].view(1, 1, 1, -1) for x in (a, pos))))
+            keys, values = k[rows].flatten(0, 1)[None, None], v[rows].flatten(0, 1)[None, None]
+            found.append((head, keys, values, a[rows].view(1, 1, 1, -1), pos[rows].view(1, 1, 1, -1)))
     return found
 
 
@@ -292,9 +293,8 @@ def flash_pages(q: Tensor, q_pos: Tensor, slots: PagedSlots) -> Parts:
             top = top.masked_fill(~(bias > -torch.inf).any(-1), -torch.inf)  # the kernel says 0 where nothing is seen
         out[head], lse[head] = o[0, 0], top[0, 0]
     num, lse = out.to(wide).view(B, heads // B, -1, T, D), lse.view(B, heads // B, -1, T)
-    if T > 1:  # a padded query sees nothing, whatever lies in the pages
-        lse = lse.masked_fill((q_pos < 0)[:, None, None], -torch.inf)
-        num = num * (q_pos >= 0)[:, None, None, :, None]
+    lse = lse.masked_fill((q_pos < 0)[:, None, None], -torch.inf)  # a padded query sees nothing, whatever lies in the pages
+    num = num * (q_pos >= 0)[:, None, None, :, None]
     return Parts(num, lse, (lse > -torch.inf).to(wide), lse)
 
 

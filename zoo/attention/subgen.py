@@ -19,7 +19,8 @@ Their number then grows as the text asks, sublinearly where keys cluster: the pa
 scores=attention: which tokens are heavy is measured, from all queries of a prompt and every 8th one later: half of them by the attention
 that they got on average, half by its squares. scores=expected: estimated from the queries' mean and covariance, as u is; no mass at all.
 exact when: budget >= tokens (by delta: up to 512 tokens). cost: `budget` slots read a step. Beside a slot: its count, position, mean
-position, weight and the attention that it got, and, unless when=prompt, 16 principal coordinates of its un-rotated key, charged to the budget.
+position, weight and the attention that it got, and, unless when=prompt, 16 principal coordinates of its un-rotated key, which the budget
+pays for.
 Query statistics (H D^2 numbers a layer, from every 8th query) are kept while a prompt is read; their means and main directions later.
 A cluster carries the position of its newest token, and leaves a model's sliding window with it; it is not decremented before.
 """
