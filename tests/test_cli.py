@@ -455,7 +455,7 @@ def test_list(generate: Call) -> None:
         assert re.search(rf"^  {re.escape(name)} ", said.out, re.MULTILINE)
     for name, options in zoo.attentions().items():
         (line,) = [x for x in said.out.splitlines() if re.match(rf"  {name}[: ]", x)]
-        assert all(f"{key}={value}" in line for key, value in options.items())
+        assert all(f"{key}={str(value).lower() if isinstance(value, bool) else value}" in line for key, value in options.items())
         assert f"exact when: {zoo.attention.ATTENTION[name].exact_when}" in line
 
 
@@ -758,17 +758,17 @@ ARGUMENTS: list[tuple[list[str], list[str]]] = [
     (["--model", "./no/such/folder"], ["no/such/folder", "is no folder"]),
     (["--model", ""], ["unknown model ''"]),
     (["--attn", "subgen:budget=-5"], ["budget='-5' is not tokens such as 1024 or a share such as 25%"]),
-    (["--attn", "subgen:budget=0"], ["budget=0 must be at least 256"]),
+    (["--attn", "subgen:budget=0"], ["budget=0 must be at least 128"]),
     (["--attn", "subgen:budget=0%"], ["budget=0% must be above 0%"]),
     (["--attn", "subgen:budget=900%"], ["budget=900% must be", "at most 200%"]),
     (["--attn", "subgen:budget=banana"], ["budget='banana' is not"]),
     (["--attn", "subgen:budget=1e9"], ["budget='1e9' is not"]),
-    (["--attn", "subgen:budget=99999999999999999999"], ["subgen: budget=1e+20 must be"]),
+    (["--attn", "subgen:budget=99999999999999999999"], ["subgen: budget=100000000000000000000 must be"]),
     (["--attn", "sliding:window=0"], ["window=0 must be between 1 and"]),
     (["--attn", "sliding:window=-1"], ["window=-1 must be between 1 and"]),
     (["--attn", "sliding:window=99999999999999999999"], ["must be between 1 and"]),
     (["--attn", "sliding:window=1.5"], ["window='1.5' is not a whole number"]),
-    (["--attn", "banana"], ["unknown attention method 'banana'; known: full, sliding, subgen"]),
+    (["--attn", "banana"], ["unknown attention method 'banana'; known: full, h2o, keydiff"]),
     (["--attn", ""], ["unknown attention method ''"]),
     (["--attn", "sliding:banana=3"], ["sliding: unknown option 'banana=3'", "window=1024"]),
     (["--attn", "sliding:window"], ["sliding: unknown option 'window'"]),

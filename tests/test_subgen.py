@@ -92,7 +92,7 @@ def test_coverage_leaves_points_no_farther_than_greedy(m: int) -> None:
         return float(torch.cdist(x[0, g], x[0, g, centres]).amin(1).max())
 
     picks, _ = k_center(x, alive, most)
-    count, found = radii(x, alive, m)
+    count, found = radii(x, alive, most)
     drawn = torch.randperm(2000, generator=generator(3))[:m]
     for g in range(2):
         opened = int(count[0, g, -1])
@@ -171,7 +171,7 @@ def test_one_delta_shares_out_a_budget() -> None:
     g = generator(10)
     spread = torch.tensor([0.1, 1.0, 1.0, 3.0])
     x = torch.randn(1, 4, 600, 6, generator=g) * spread[:, None, None]
-    counts, found = radii(x, torch.ones(1, 4, 600, dtype=torch.bool), 400)
+    counts, found = radii(x, torch.ones(1, 4, 600, dtype=torch.bool), torch.full((1, 4), 400))
     rows, delta = one_delta(counts[0], found[0], 150)
     assert rows.mean() == pytest.approx(150, rel=0.02)
     assert rows[0] == pytest.approx(LOW * 150)
@@ -296,6 +296,22 @@ def test_heads_own_what_they_need(lm: LM, ids: Tensor) -> None:
         assert cache[0].pages.k.shape[0] == 1 + int(share.sum())
 
 
+@pytest.mark.parametrize("options", ["budget=25%,when=prompt", "budget=25%,when=prompt,heads=uniform", "budget=400,when=stream"])
+def test_a_batch_equals_single_sequences(lm: LM, ids: Tensor, options: str) -> None:
+    """Lengths on both sides of what is subsampled, budgets apart: each sequence has the slots and the answer that it has alone."""
+    lm.attn, lengths = parse(f"subgen:{options}"), [700, 1300]
+    together = lm.new_cache(2)
+    logits = [lm.prefill(ids[:, :1300], together, lengths)]
+    logits += [lm.decode_step(torch.stack([ids[b, lengths[b] + t] for b in range(2)]), together) for t in range(70)]
+    for b in range(2):
+        alone = lm.new_cache()
+        expected = [lm.prefill(ids[b : b + 1, : lengths[b]], alone)]
+        expected += [lm.decode_step(ids[b : b + 1, lengths[b] + t], alone) for t in range(70)]
+        assert torch.equal(together[0].pages.share[:, b], alone[0].pages.share[:, 0])
+        for x, y in zip(expected, logits, strict=True):
+            assert (x[0] - y[b]).abs().max() < 1e-3
+
+
 def test_a_token_that_one_query_needed_stays_exact(lm: LM) -> None:
     """Half of the heavy tokens are those of the highest squares: one look of 0.9 outweighs a thousand of 0.001; the mean does not see
     it."""
@@ -417,6 +433,8 @@ def test_calibrate_bad_input(tiny: Path, tmp_path: Path, capsys: pytest.CaptureF
         ("budget=100", "at least 128"),
         ("budget=63,when=prompt", "at least 64"),
         ("when=never", "prompt, decode, stream"),
+        ("delta=5,budget=512", "left out"),
+        ("delta=5,heads=table", "left out"),
     ],
 )
 def test_options_are_bounded(options: str, says: str) -> None:

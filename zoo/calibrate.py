@@ -35,11 +35,12 @@ def subgen(lm: Any, passages: list[list[int]], share: float) -> dict[str, Any]:
         caches = lm.new_cache()
         assert isinstance(caches, SubGenCaches)
         caches.begin_prompt([len(ids)])
-        for start in range(0, len(ids), 512):
-            for piece, where in caches.split(torch.tensor([ids[start : start + 512]])):
+        chunk = len(ids) if lm.model.rotary.whole_prompts else 512
+        for start in range(0, len(ids), chunk):
+            for piece, where in caches.split(torch.tensor([ids[start : start + chunk]])):
                 lm.model.hidden(piece, where, caches)
         rows = len(ids) * share / 100
-        counts, found = caches.curves(torch.ones(1, dtype=torch.bool), int(rows))
+        counts, found = caches.curves(torch.ones(1, dtype=torch.bool), [rows])
         wanted, delta = one_delta(counts[:, 0].flatten(0, 1), found[:, 0].flatten(0, 1), rows)
         shares.append((wanted / wanted.mean()).view(counts.shape[0], -1))
         deltas.append(delta)

@@ -38,7 +38,8 @@ def listing() -> str:
         lines.append(f"  {name:24} {model.family:8} {model.gigabytes:6.3g} GB  {licence:15} {where:20} {model.hub_id}@{model.revision[:7]}")
     lines += ["", "attention methods, their options and defaults:"]
     for name, options in zoo.attentions().items():
-        spelling = name + (":" + ",".join(f"{k}={v}" for k, v in options.items()) if options else "")
+        said = (f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in options.items())
+        spelling = name + (":" + ",".join(said) if options else "")
         lines.append(f"  {spelling:24} exact when: {ATTENTION[name].exact_when}")
     return "\n".join(lines)
 

@@ -371,6 +371,8 @@ class BudgetedCaches(Caches):
 
     def end_prompt(self) -> None:
         if self.method.when == "stream" and bool(self.held.any()):
+            for cache in self:
+                cache.end_prompt(self.tokens_seen)
             self.prompt_open = False
             return
         self.held.copy_(self.budget_of(self.tokens_seen.tolist()))

@@ -74,11 +74,12 @@ class Centres:
         C = index.shape[2]
         cut = torch.maximum(top.gather(2, (want - 1).clamp(0, C - 1)[..., None]), self.tie).clamp(min=radius**2 if radius > 0 else 0)
         x = row(self.x, index)
-        near = torch.cdist(x, x).square() < cut[..., None]
         rank = torch.arange(C, device=index.device)
+        looked_at = rank < 2 * want[..., None]  # each head at its own, whatever others want
+        near = (torch.cdist(x, x).square() < cut[..., None]) & looked_at[..., None] & looked_at[..., None, :]
         shaded = (near & (rank < rank[:, None])).any(-1) & (top > 0)  # what is on a centre already takes no points from others
         order = (rank + C * shaded).argsort(dim=-1)[..., :most]
-        good = (top > (radius**2 if radius >= 0 else -torch.inf)) & ~shaded
+        good = (top > (radius**2 if radius >= 0 else -torch.inf)) & ~shaded & looked_at
         self.add(index.gather(2, order), (rank[: order.shape[2]] < want[..., None]) & good.gather(2, order))
 
 
@@ -117,8 +118,9 @@ def cover(x: Tensor, alive: Tensor, radius: float, most: Tensor) -> tuple[Tensor
         c.spread(want, radius)
 
 
-def radii(x: Tensor, alive: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """How far the farthest point is from 1, 2, 4, ... up to `most` centres: (centres (B, G, K) float, radii (B, G, K))."""
+def radii(x: Tensor, alive: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the farthest point is from 1, 9, 17, ... centres, growing by two fifths a time, up to most (B, G): (centres (B, G, K) float,
+    radii (B, G, K))."""
     c = Centres(x, alive)
     picks = alive.to(torch.uint8).argmax(-1, keepdim=True)
     c.add(picks, alive.gather(2, picks))
@@ -126,10 +128,10 @@ def radii(x: Tensor, alive: Tensor, most: int) -> tuple[Tensor, Tensor]:
     while True:
         counts.append(c.used.to(torch.float32))
         found.append(c.dist.amax(-1).clamp(min=0).sqrt())
-        now = int(c.used.max())
-        if now >= most or not bool((found[-1] > 0).any()):
+        want = torch.minimum((c.used.clamp(min=2) * 0.4).ceil().long(), most - c.used) * (found[-1] > 0)
+        if not bool((want > 0).any()):
             return torch.stack(counts, -1), torch.stack(found, -1)
-        c.spread((c.used.clamp(min=2) * 0.4).ceil().long().clamp(max=most - now))
+        c.spread(want)
 
 
 def k_center(x: Tensor, alive: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,8 +172,9 @@ def ward(x: Tensor, weight: Tensor, alive: Tensor, surplus: Tensor) -> Tensor:
     own = torch.arange(x.shape[2], device=x.device).expand(alive.shape)
     into = own
     while bool((surplus > 0).any()):
-        light = torch.where(alive, weight, torch.inf).topk(min(4 * int(surplus.max()), x.shape[2]), largest=False, sorted=False).indices
+        light = torch.where(alive, weight, torch.inf).topk(min(4 * int(surplus.max()), x.shape[2]), largest=False).indices
         cost, partner = cheapest(x, weight, alive, light)
+        cost = torch.where(torch.arange(light.shape[2], device=x.device) < 4 * surplus[..., None], cost, torch.inf)  # each head its own
         order = cost.argsort(dim=-1, stable=True)
         rank = torch.empty_like(order).scatter_(2, order, torch.arange(order.shape[2], device=x.device).expand(order.shape))
         best = torch.full_like(own, x.shape[2]).scatter_reduce(2, light, rank, "amin").scatter_reduce(2, partner, rank, "amin")

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from zoo import random
-from zoo.attention.budgeted import SINKS, Budgeted, BudgetedCache, BudgetedCaches, names
+from zoo.attention.budgeted import QUARTER, SINKS, Budgeted, BudgetedCache, BudgetedCaches, names
 from zoo.attention.cache import Caches
 from zoo.attention.clustering import cover, coverage, gathered, latest, principal, radii, rounded, ward
 from zoo.attention.queries import RANK, Queries
@@ -68,6 +68,12 @@ class SubGen(Budgeted):
         self.check(self.scores in SCORES, "scores", names(SCORES))
         self.check(self.heads in HEADS, "heads", names(HEADS))
         self.check(0 <= self.delta < 1e6, "delta", "0, or a distance between keys below 1000000")
+        if self.delta:
+            self.check(self.budget == QUARTER, "budget", "left out where delta is given")
+            self.check(self.heads == "prompt", "heads", "left out where delta is given")
+
+    def __str__(self) -> str:
+        return super().__str__().replace(f"budget={self.budget},", "") if self.delta else super().__str__()
 
     @property
     def bounded(self) -> bool:
@@ -138,9 +144,11 @@ class SubGenCache(BudgetedCache):
         self.measure(self.method.measures)
 
     def end_prompt(self, seen: Tensor) -> None:
-        if not self.method.bounded:  # nothing more is compressed before the next prompt, which is measured anew
-            self.queries.forget(True)
+        if self.method.bounded:
+            self.queries.summarize(torch.ones_like(self.queries.count, dtype=torch.bool))
+        else:  # nothing more is compressed before the next prompt, which is measured anew
             self.measure(False)
+        self.queries.forget(True)
 
     # Tokens as points
 
@@ -331,7 +339,7 @@ class SubGenCaches(BudgetedCaches):
         if self.method.delta:
             return self.by_delta(which)
         if self.method.heads == "prompt":
-            counts, found = self.curves(which, max(self.capacity()))
+            counts, found = self.curves(which, [float(n) for n in self.capacity()])
         for b, rows in enumerate(self.capacity()):
             if not which[b]:
                 continue
@@ -345,22 +353,25 @@ class SubGenCaches(BudgetedCaches):
             share[:, b] = pages.view(L, G).to(share)
         return share
 
-    def curves(self, which: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """For each head, how the radius falls with the number of centres (`radii`): (L, B, G, K) each. Every fourth token stands for all
-        where there are enough: the number of centres is then a fourth, too."""
+    def curves(self, which: Tensor, rows: list[float]) -> tuple[Tensor, Tensor]:
+        """For each head, how the radius falls with the number of centres (`radii`): (L, B, G, K) each; rows: what a head of each sequence
+        owns on average. In a sequence of 1,024 and more every fourth token or slot stands for all: centres are then a fourth, too."""
         out = []
+        step = torch.where(self.tokens_seen >= 1024, 4, 1)
+        most = (torch.tensor(rows, device=step.device) * HIGH / step).long() + 1
         for cache in self:
             pos, old = cache.store.pos[:, 0].long(), cache.pages.read(cache.index)
-            step = 4 if int((pos >= 0).sum(1).max()) >= 1024 else 1
-            keep = (pos >= SINKS) & (pos < (self.tokens_seen - cache.recent)[:, None]) & (pos % step == 0) & which[:, None]
+            keep = (pos >= SINKS) & (pos < (self.tokens_seen - cache.recent)[:, None]) & (pos % step[:, None] == 0) & which[:, None]
             index = keep.any(0).nonzero()[:, 0]
+            settled = torch.arange(old["pos"].shape[2], device=pos.device) % step[:, None, None] == 0
             k = torch.cat((old["k"], cache.store.k[:, :, index]), 2)
-            alive = torch.cat(((old["pos"] >= 0) & which[:, None, None], keep[:, None, index].expand(*k.shape[:2], -1)), 2)
+            held = (old["pos"] >= 0) & settled & which[:, None, None]
+            alive = torch.cat((held, keep[:, None, index].expand(*k.shape[:2], -1)), 2)
             middle = torch.cat((old["middle"].round().long(), pos[:, None, index].expand(*k.shape[:2], -1)), 2)
             x = cache.unrotated({"k": k}, middle)
             x = x @ principal(x, alive, min(FEATURES, x.shape[3]))
-            counts, found = radii(x, alive, int(rows * HIGH / step) + 1)
-            out.append((counts * step, found))
+            counts, found = radii(x, alive, most[:, None].expand(k.shape[:2]))
+            out.append((counts * step[:, None, None], found))
         K = max(c.shape[-1] for c, _ in out)
         stretch = lambda t: torch.cat((t, t[..., -1:].expand(*t.shape[:-1], K - t.shape[-1])), -1)  # noqa: E731
         return torch.stack([stretch(c) for c, _ in out]), torch.stack([stretch(r) for _, r in out])
