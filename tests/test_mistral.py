@@ -384,6 +384,4 @@ def test_subgen_spends_no_cluster_on_what_left_the_window(tmp_path: Path, turns:
 
     logits, held = run(0)
     assert held.min() >= 501
-    # Queries from before the window still say how much tokens within it weigh: another text there moves logits a little, and no more.
-    assert miss(run(501)[0], logits) < 0.2 * miss(run(520)[0], logits)
     assert miss(run(520)[0], logits) > CAUGHT

@@ -140,7 +140,10 @@ def k_center(x: Tensor, alive: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
     c = Centres(x, alive)
     picks = []
     for step in range(min(int(most.max()), x.shape[2])):
-        top, index = (alive.float().topk(1, dim=-1)) if step == 0 else c.far(1)
+        if step == 0:
+            top, index = alive.to(torch.float32).max(-1, keepdim=True).values, alive.to(torch.uint8).argmax(-1, keepdim=True)
+        else:
+            top, index = c.far(1)
         valid = alive.gather(2, index) & (top > -torch.inf) & (step < most[..., None])
         c.add(index, valid)
         picks.append(torch.where(valid, index, -1))
