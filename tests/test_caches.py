@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,12 @@ from zoo.attention.sinks import Sinks
 from zoo.attention.slots import PAGE, Slots, slot_attention
 from zoo.attention.snapkv import SnapKV
 from zoo.attention.store import SlotStore
+from zoo.attention.subgen import SubGen
+from zoo.attention.tables import save_table
 from zoo.errors import ZooError
 from zoo.lm import LM
 
-# Every method with a budget, in all its variants: a new one is added here. `budget` and `when` are set by each test.
+# Every method with a budget: a new one is added here. `budget` and `when` are set by each test.
 BUDGETED = [
     "subgen",
     "subgen_kcenter",
@@ -36,9 +39,17 @@ BUDGETED = [
     "l2norm",
     "keydiff",
 ]
-TOKENS = ["sinks", "uniform", "h2o", "h2o:age=true,block=16", "snapkv", "tova", "l2norm", "keydiff"]  # a slot is one token, unchanged
-UNBOUNDED = ["full", "sliding:window=50", "sliding:window=64", "sliding:window=5000"]
 WHEN = ["prompt", "decode", "stream"]
+VARIANTS = {  # options that change what happens to tokens: in some of the modes, on one family
+    "subgen:scores=expected": WHEN,
+    "subgen:heads=uniform": ["prompt", "stream"],
+    "subgen:heads=table": ["decode"],
+    "subgen_kcenter:weight=true": ["prompt", "stream"],
+}
+DELTA = ["subgen:delta=6,when=prompt", "subgen:delta=4,when=decode", "subgen:delta=6,when=stream"]  # no budget; with 4 it soon grows
+# Those whose slots are tokens, unchanged.
+TOKENS = ["sinks", "uniform", "h2o", "h2o:age=true,block=16", "snapkv", "tova", "l2norm", "keydiff", "subgen_kcenter:weight=true"]
+UNBOUNDED = ["full", "sliding:window=50", "sliding:window=64", "sliding:window=5000"]
 CLOSE = 1e-4  # logits are of size 10
 FAMILIES = {
     "llama": ("llama", {"num_key_value_heads": 2, "head_dim": 16}),
@@ -53,18 +64,31 @@ def spell(attn: str, **options: object) -> str:
     return attn + ":,"[":" in attn] + ",".join(f"{key}={value}" for key, value in options.items())
 
 
-GRID = UNBOUNDED + [spell(attn, budget=160, when=when) for attn in BUDGETED for when in WHEN]
-BINDING = [spell(attn, budget=160, when=when) for attn in BUDGETED for when in ("decode", "stream")]
+MODES = [(attn, when) for attn, modes in {**dict.fromkeys(BUDGETED, WHEN), **VARIANTS}.items() for when in modes]
+FIXED = [spell(attn, budget=160, when=when) for attn, when in MODES]
+GRID = UNBOUNDED + FIXED + DELTA
+BINDING = [attn for attn in FIXED + DELTA if "when=prompt" not in attn]
 
 
 @pytest.fixture(scope="module")
-def lms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LM]:
+def lms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, LM]]:
     folder = tmp_path_factory.mktemp("caches")
     small = {"num_hidden_layers": 2, "hidden_size": 32}
-    return {
+    lms = {
         name: zoo.load(str(write_checkpoint(folder / name, family, **{**small, **options})), compile="off")
         for name, (family, options) in FAMILIES.items()
     }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ZOO_CACHE", str(folder))
+        save_table("subgen", lms["llama"].config, {"shares": [[1.6, 0.7], [0.4, 1.3]]})  # for heads=table
+        yield lms
+
+
+@pytest.fixture(autouse=True)
+def clusters_begin_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By delta, clustering begins at 512 tokens; here at 160, as by budget."""
+    slots = SubGen.slots
+    monkeypatch.setattr(SubGen, "slots", lambda self, tokens: 160 if self.delta else slots(self, tokens))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +101,7 @@ def ids(lm: LM) -> Tensor:
     return torch.randint(0, lm.config.vocab_size, (3, 800), generator=torch.Generator().manual_seed(7))
 
 
-def new(lm: LM, attn: str, batch: int = 1, **hints: int) -> Caches:
+def new(lm: LM, attn: str, batch: int = 1, **hints: int | None) -> Caches:
     lm.attn = parse(attn)
     return lm.new_cache(batch, **hints)
 
@@ -170,8 +194,7 @@ def test_exact_where_it_says_so(lms: dict[str, LM], ids: Tensor, family: str, at
             assert (feed(lm, new(lm, mode), ids[:1, :n], prompt, 64) - lm.logits(ids[:1, :n])).abs().max() < CLOSE
 
 
-@pytest.mark.parametrize("when", WHEN)
-@pytest.mark.parametrize("attn", BUDGETED)
+@pytest.mark.parametrize(("attn", "when"), MODES)
 def test_exactness_has_an_edge(lm: LM, ids: Tensor, attn: str, when: str) -> None:
     """Just past what exact_when allows, answers differ: the tests above are not vacuous."""
     n = 192
@@ -272,9 +295,13 @@ def test_a_short_sequence_beside_a_long_one(lm: LM, ids: Tensor, when: str) -> N
 def test_clone_save_load_expand_continue_identically(lm: LM, ids: Tensor, attn: str, tmp_path: Path) -> None:
     """Copies are independent and go on as the original does, through a second turn, too; a save holds the whole state."""
     cache = new(lm, attn)
-    lm.prefill(ids[:1, :231], cache)
-    for t in range(231, 241):
+    lm.prefill(ids[:1, :161], cache)
+    pages = cache.pages[0].share.sum() if isinstance(cache, BudgetedCaches) else 0
+    with torch.no_grad():
+        lm.model(ids[:1, 161:236], cache)
+    for t in range(236, 241):
         lm.decode_step(ids[:1, t], cache)
+    assert "delta=4" not in attn or cache.pages[0].share.sum() > pages  # type: ignore[index, union-attr]
     cache.save(tmp_path / "cache.safetensors")
     loaded, used = new(lm, attn), new(lm, attn)
     lm.prefill(ids[1:2, :190], used)  # what it held will be gone
@@ -340,6 +367,10 @@ def test_load_refuses_another_cache(lm: LM, ids: Tensor, tmp_path: Path) -> None
                 other.load(tmp_path / path)
             assert "\n" not in str(e.value)
             assert other.tokens_seen.sum() == 0
+    for hint, other in ((None, 700), (700, None), (700, 701)):  # what a share is of
+        with pytest.raises(ZooError, match=f"prompt_tokens={hint or other}"):
+            new(lm, "h2o:budget=25%", prompt_tokens=other).load(saved(lm, "h2o:budget=25%", ids, tmp_path, prompt_tokens=hint))
+    new(lm, "h2o:budget=200", prompt_tokens=700).load(saved(lm, "h2o:budget=200", ids, tmp_path))
     with pytest.raises(ZooError, match="window=64"):
         new(lm, "sliding:window=64").load(saved(lm, "sliding:window=50", ids, tmp_path))
     with pytest.raises(ZooError, match="cannot write"):
@@ -348,8 +379,8 @@ def test_load_refuses_another_cache(lm: LM, ids: Tensor, tmp_path: Path) -> None
         new(lm, "full", 2).expand(2)
 
 
-def saved(lm: LM, attn: str, ids: Tensor, folder: Path) -> Path:
-    cache = new(lm, attn)
+def saved(lm: LM, attn: str, ids: Tensor, folder: Path, **hints: int | None) -> Path:
+    cache = new(lm, attn, **hints)
     lm.prefill(ids[:1, :100], cache)
     cache.save(folder / "other")
     return folder / "other"
@@ -432,7 +463,9 @@ def most_bytes(lm: LM, method: Attention) -> int:
     return layers * (max(exact, bounded) + beside + 3 * 8) + empty + 3 * 8
 
 
-@pytest.mark.parametrize("attn", ["sliding:window=100", *(attn for attn in BINDING if "age" not in attn and "cache" not in attn)])
+@pytest.mark.parametrize(
+    "attn", ["sliding:window=100", *(attn for attn in BINDING if not any(x in attn for x in ("age", "cache", "weight", "table", "delta")))]
+)
 def test_bytes_stay_under_the_budget_for_10000_tokens(lm: LM, attn: str) -> None:
     """While 10,000 tokens stream through, in the prompt too where when=stream, what is allocated never exceeds the budget's slots with what
     stands beside them; and the budget is used, but for the rest of a page."""
@@ -509,7 +542,7 @@ def test_slots_are_tokens_at_their_true_positions(lm: LM, ids: Tensor, attn: str
             assert sorted(p for p in layer.slots().pos[0, 1].tolist() if p >= 0) == list(range(max(0, 437 - W), 437))
 
 
-@pytest.mark.parametrize("attn", BINDING)
+@pytest.mark.parametrize("attn", [attn for attn in BINDING if attn not in DELTA])
 def test_a_full_caches_tensors_stay_where_they_are(lm: LM, ids: Tensor, attn: str) -> None:
     """Once the budget is reached, absorbing writes in place: nothing is reallocated, and a compiled step is not compiled again."""
     cache = new(lm, attn)
@@ -607,7 +640,7 @@ def test_a_ring_is_never_written_twice_at_once(lm: LM, ids: Tensor, monkeypatch:
 # Turns and budgets
 
 
-@pytest.mark.parametrize("attn", [spell(attn, budget=160, when=when) for attn in BUDGETED for when in WHEN])
+@pytest.mark.parametrize("attn", FIXED)
 def test_chat_turns_compress_what_arrived(lm: LM, ids: Tensor, attn: str) -> None:
     """A second prompt on the same cache is held exactly until its end (unless when=stream), then the budget binds again; it does not
     matter in which chunks it comes."""

@@ -18,12 +18,14 @@ from torch import Tensor
 
 import zoo
 from zoo import calibrate, cli
-from zoo.attention import parse
-from zoo.attention.clustering import coverage, k_center, radii, rounded, ward
-from zoo.attention.queries import AHEAD, Queries
+from zoo.attention import parse, subgen
+from zoo.attention.budgeted import SINKS
+from zoo.attention.clustering import coverage, gathered, k_center, radii, rounded, ward
+from zoo.attention.queries import AHEAD, Queries, Statistics
 from zoo.attention.shares import HIGH, LOW, fill, one_delta
 from zoo.attention.slots import PAGE
-from zoo.attention.subgen import SINKS, SubGen
+from zoo.attention.subgen import SubGen
+from zoo.attention.subgen_slots import Maker
 from zoo.errors import ZooError
 from zoo.lm import LM
 
@@ -185,14 +187,66 @@ def test_one_delta_shares_out_a_budget() -> None:
         assert int(pages.min()) >= 1
 
 
+def test_ward_merges_as_well_as_one_pair_at_a_time() -> None:
+    """Many pairs a round cost at most a tenth more than the cheapest pair of all, again and again; heads of any size side by side."""
+    g = generator(21)
+    x, w = torch.randn(2, 3, 150, 8, generator=g), torch.rand(2, 3, 150, generator=g) ** 2 * 5 + 0.05
+    alive = torch.rand(2, 3, 150, generator=g) < torch.tensor([0.4, 0.9, 1.0])[:, None]
+    surplus = torch.tensor([[20, 60, 1], [0, 64, 40]])
+    into = ward(x, w, alive, surplus)
+    left = alive & (into == torch.arange(150))
+    assert torch.equal(alive.sum(-1) - left.sum(-1), surplus)
+    assert left.gather(2, into)[alive].all()
+    for b in range(2):
+        for h in range(3):
+            one = ward(x[b, h][None, None], w[b, h][None, None], alive[b, h][None, None], surplus[b, h][None, None])
+            assert torch.equal(one[0, 0], into[b, h])  # neighbours change nothing
+            points, weights = list(x[b, h][alive[b, h]]), list(w[b, h][alive[b, h]])
+            for _ in range(int(surplus[b, h])):
+                X, W = torch.stack(points), torch.stack(weights)
+                cost = torch.cdist(X, X).square() * (W[:, None] * W / (W[:, None] + W))
+                i, j = divmod(int(cost.fill_diagonal_(torch.inf).argmin()), len(X))
+                i, j = min(i, j), max(i, j)
+                points[i], weights[i] = (X[i] * W[i] + X[j] * W[j]) / (W[i] + W[j]), W[i] + W[j]
+                del points[j], weights[j]
+            spread = lambda X, W: (W[:, None] * X.square()).sum()  # noqa: E731  total minus this is what is lost inside clusters
+            total = spread(x[b, h][alive[b, h]], w[b, h][alive[b, h]])
+            weight = gathered(into[None, b, h][None], (w * alive)[b, h][None, None], 150)[0, 0]
+            mean = gathered(into[None, b, h][None], (x * (w * alive)[..., None])[b, h][None, None], 150)[0, 0]
+            lost = total - (mean.square().sum(-1) / weight.clamp(min=1e-30)).sum()
+            least = total - spread(torch.stack(points), torch.stack(weights))
+            assert lost <= least * 1.1 + 1e-3 * total
+
+
+def test_equal_clusters_merge_at_once() -> None:
+    """Repeated text: a hundred equal points need a round or two, not a round each, and their weights add up."""
+    x = torch.zeros(1, 1, 120, 4)
+    x[0, 0, 100:] = torch.randn(20, 4, generator=generator(22)) + 5
+    into = ward(x, torch.ones(1, 1, 120), torch.ones(1, 1, 120, dtype=torch.bool), torch.tensor([[60]]))[0, 0]
+    assert (into[100:] == torch.arange(100, 120)).all()
+    assert len(into[:100].unique()) == 40
+
+
+def test_several_layers_at_once_are_as_each_alone(lm: LM, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers worked on together, and one by one, end with the same slots."""
+    both = []
+    for at_once in (2**30, 1):
+        monkeypatch.setattr(subgen, "AT_ONCE", at_once)
+        both.append(filled(lm, "subgen:budget=300,when=stream", ids, 100))
+    assert all(len(group) == 1 for group in both[1].groups())
+    for one, other in zip(*both, strict=True):
+        for name in ("k", "v", "pos", "a", "weight", "middle"):
+            assert torch.allclose(getattr(one.slots(), name), getattr(other.slots(), name), atol=1e-5)
+
+
 def test_a_mean_in_bfloat16_follows() -> None:
     """A cluster that takes in one token after the other ends at their mean, though each step is smaller than bfloat16 can show."""
-    mean, exact = torch.zeros(1, 1, 1, 64, dtype=torch.bfloat16), 0.0
+    mean, exact, head = torch.zeros(1, 64, dtype=torch.bfloat16), 0.0, torch.zeros(1, dtype=torch.int64)
     for n in range(1, 3000):
         value = 1.0 if n < 1000 else 1.5
         exact += (value - exact) / n
         new = mean.float() + (value - mean.float()) / n
-        mean = rounded(new, torch.bfloat16, torch.tensor([[[n]]]), 0)
+        mean = rounded(new, torch.bfloat16, head, torch.tensor([n]), 0)
     assert abs(float(mean.float().mean()) - exact) < 0.01
 
 
@@ -226,10 +280,10 @@ def test_expected_attention_is_the_gaussian_mean() -> None:
     e = (draw.view(1, G, -1, 200_000, D) @ k[:, :, None].mT * D**-0.5).exp().mean(3) * count[:, :, None]  # (1, G, R, N)
     true = (e / e.sum(-1, keepdim=True)).sum(2)
     queries = learned(draw, G, Still())
-    got = queries.attention(k, torch.tensor([100]), count)
+    got = Statistics.of([queries]).attention(k, torch.tensor([100]), count)
     assert ((got - true).abs() / true).max() < 0.1
     queries.square.copy_((queries.sum[..., None] * queries.sum[..., None, :]) / queries.count)  # no covariance
-    assert ((queries.attention(k, torch.tensor([100]), count) - true).abs() / true).max() > 0.3
+    assert ((Statistics.of([queries]).attention(k, torch.tensor([100]), count) - true).abs() / true).max() > 0.3
 
 
 def test_what_outlasts_the_prompt_says_the_same(lm: LM) -> None:
@@ -241,12 +295,12 @@ def test_what_outlasts_the_prompt_says_the_same(lm: LM) -> None:
     pos = torch.arange(5000)[None] * 8
     queries = learned(rotary.rotate(x, pos), 2, rotary)
     k, count, seen = torch.randn(1, 2, 40, 16, generator=g), torch.ones(1, 2, 40), torch.tensor([40_000])
-    before = queries.attention(k, seen, count)
+    before = Statistics.of([queries]).attention(k, seen, count)
     queries.summarize(torch.tensor([True]))
     assert queries.count.tolist() == [-1]
-    after = queries.attention(k, seen, count)
+    after = Statistics.of([queries]).attention(k, seen, count)
     assert (after - before).abs().max() < 0.02 * before.max()
-    elsewhere = queries.attention(k, seen + 3, count)
+    elsewhere = Statistics.of([queries]).attention(k, seen + 3, count)
     assert (elsewhere - after).abs().max() > 0.02 * after.max()
     assert len(AHEAD) == 16
 
@@ -284,6 +338,15 @@ def test_nothing_is_dropped(lm: LM, ids: Tensor, when: str, scores: str) -> None
                 assert (count[b, g] > 1.5).sum() > 3
 
 
+@pytest.mark.parametrize("when", ["prompt", "decode", "stream"])
+def test_weighted_centres_count_every_token(lm: LM, ids: Tensor, when: str) -> None:
+    """subgen_kcenter:weight=true: what the slots stand for adds up to all tokens."""
+    for layer in filled(lm, f"subgen_kcenter:budget=300,when={when},weight=true", ids[:, :700], 100):
+        s = layer.slots()
+        assert ((s.a.exp() * (s.pos >= 0)).sum(-1).round() == 700).all()
+        assert (s.pos >= 0).sum(-1).max() <= (300 if when != "prompt" else 400)
+
+
 def test_heads_own_what_they_need(lm: LM, ids: Tensor) -> None:
     """By one delta heads own different numbers; alike they do not; both add up to the budget in whole pages, and no head is padded."""
     for heads, different in (("prompt", True), ("uniform", False)):
@@ -315,16 +378,16 @@ def test_a_batch_equals_single_sequences(lm: LM, ids: Tensor, options: str) -> N
 def test_a_token_that_one_query_needed_stays_exact(lm: LM) -> None:
     """Half of the heavy tokens are those of the highest squares: one look of 0.9 outweighs a thousand of 0.001; the mean does not see
     it."""
-    cache = filled(lm, "subgen:budget=300,when=prompt", torch.arange(40)[None])[0]
+    maker = Maker([filled(lm, "subgen:budget=300,when=prompt", torch.arange(40)[None])[0]])
     pos = torch.arange(100).expand(1, 2, 100)
     count, mean, spikes = torch.ones(1, 2, 100), torch.rand(1, 2, 100, generator=generator(1)) + 1, torch.rand(1, 2, 100) * 1e-3
     mean[..., 50], spikes[..., 50] = 0.0, 0.81
     room = torch.full((1, 2), 24)
-    assert cache.exact(pos, count, [mean, spikes], room)[..., 50].all()
-    assert not cache.exact(pos, count, [mean], room)[..., 50].any()
-    assert (cache.exact(pos, count, [mean, spikes], room).sum(-1) == SINKS + 10).all()
+    assert maker.exact(pos, count, [mean, spikes], room)[..., 50].all()
+    assert not maker.exact(pos, count, [mean], room)[..., 50].any()
+    assert (maker.exact(pos, count, [mean, spikes], room).sum(-1) == SINKS + 10).all()
     count[..., 50] = 2
-    assert not cache.exact(pos, count, [mean, spikes], room)[..., 50].any()  # a cluster is never exact
+    assert not maker.exact(pos, count, [mean, spikes], room)[..., 50].any()  # a cluster is never exact
 
 
 def test_a_cluster_leaves_a_models_window_with_its_newest_token(tmp_path: Path) -> None:
@@ -342,7 +405,30 @@ def test_a_cluster_leaves_a_models_window_with_its_newest_token(tmp_path: Path) 
     assert min(int(p) for p in cache[0].slots().pos.flatten() if p >= 0) > 896 - 300 - 1
 
 
+def test_another_seed_draws_other_centres(lm: LM, ids: Tensor) -> None:
+    """The same seed gives the same slots, another one others."""
+    x, y, z = (filled(lm, f"subgen:budget=160,when=prompt,seed={seed}", ids[:1, :400])[0].slots() for seed in (3, 3, -4))
+    assert torch.equal(x.k, y.k)
+    assert not torch.equal(x.k, z.k)
+
+
 # By delta
+
+
+@pytest.mark.parametrize("when", ["prompt", "decode", "stream"])
+def test_by_delta_all_is_exact_up_to_512_tokens(lm: LM, ids: Tensor, when: str) -> None:
+    """And after the next one it is not."""
+    lm.attn = parse(f"subgen:delta=6,when={when}")
+
+    def wrong(prompt: int, end: int) -> float:
+        """How far the last answers are off, from the prompt's own to that of token `end`."""
+        cache = lm.new_cache()
+        got = [lm.prefill(ids[:1, :prompt], cache)] + [lm.decode_step(ids[:1, t], cache) for t in range(prompt, end)]
+        return float((torch.stack(got, 1) - lm.logits(ids[:1, :end])[:, prompt - 1 :]).abs().max())
+
+    assert wrong(500, 512) < 1e-4
+    assert wrong(512, 512) < 1e-4
+    assert wrong(513, 514) > 1e-2
 
 
 def test_delta_bounds_distances_and_the_number_follows_the_text(lm: LM) -> None:
@@ -370,6 +456,16 @@ def test_delta_bounds_distances_and_the_number_follows_the_text(lm: LM) -> None:
             assert float(torch.cdist(key[g], centres).amin(1).max()) < 2 * 2  # a centre moves as tokens join it
     assert held[0][1] < 1.5 * held[0][0]
     assert held[1][1] > 1.5 * held[0][1]
+
+
+def test_by_delta_the_first_tokens_stay_exact(lm: LM, ids: Tensor) -> None:
+    """Though tokens of their kind leave the recent ones after the prompt."""
+    ids = ids[:1].clone()
+    ids[0, 600::50] = ids[0, 0]
+    for layer in filled(lm, "subgen:delta=6,when=decode", ids[:, :800], 200):
+        s = layer.slots()
+        for g in range(2):
+            assert sorted(s.pos[0, g][(s.pos[0, g] >= 0) & (s.pos[0, g] < SINKS) & (s.a[0, g] == 0)].tolist()) == list(range(SINKS))
 
 
 # Tables

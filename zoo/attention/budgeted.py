@@ -20,35 +20,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.attention.budget import Budget
-from zoo.attention.cache import BLOCK, Attention, Cache, Caches, round_up
-from zoo.attention.slots import (
-    PAGE,
-    PagedSlots,
-    Parts,
-    Slots,
-    attention,
-    blend,
-    chunk_mass,
-    finish,
-    flash_pages,
-    flash_slots,
-    merge,
-    paged_mass,
-    paged_parts,
-    slot_mass,
-    slot_parts,
-)
-from zoo.attention.store import EMPTY, Pages, SlotStore
+from zoo.attention.cache import BLOCK, Attention, Caches
+from zoo.attention.slots import PAGE
+from zoo.attention.store import Pages
+from zoo.attention.tail import GROWING, MASSES, BudgetedCache, put, renewed, settled
 from zoo.errors import ZooError
 
 SINKS = 4  # the first tokens of a sequence, which models attend to whatever they say (StreamingLLM, arXiv 2309.17453)
-GROWING = 2**40  # rows of a ring that never wraps
 QUARTER = Budget(25, percent=True, least=256)
-MASSES = ("mass", "spikes")  # what a method may have added up beside tokens and slots
 WHEN = ("prompt", "decode", "stream")
 
 
@@ -129,201 +111,6 @@ class Budgeted(Attention):
         return BudgetedCaches(self, caches, batch, prompt_tokens, device)
 
 
-class BudgetedCache(Cache):
-    """One layer: a tail of its own, and its pages of the arena that all layers share."""
-
-    recent: Tensor  # (B,): the newest tokens that stay in the tail. These three are tensors: a compiled step must not depend on them
-    ring: Tensor  # (B,): rows of the tail's ring
-    origin: Tensor  # (B,): the position that stands in its first row
-    listed: Tensor  # (N,) this layer's pages      owner (N,) whose each is      table (B G, J) where each head's pages are listed
-    owner: Tensor
-    table: Tensor
-    mass: Tensor | None  # (N, PAGE): attention that settled slots got since the last `maintain`, and its squares
-    spikes: Tensor | None
-    OPEN: ClassVar[dict[str, int]] = {"listed": 0, "owner": 0, "table": 1, "mass": 0, "spikes": 0}
-
-    def __init__(self, method: Budgeted, index: int, pages: Pages, rotary: Any, config: Any, batch: int, dtype: Any, device: Any) -> None:
-        super().__init__()
-        self.method, self.index, self.pages = method, index, pages
-        self.rotary = [rotary]  # the model's module, in a list so that it is not part of this cache's state
-        self.window = config.sliding_window
-        self.store = SlotStore(batch, config.num_key_value_heads, 2, config.head_dim, dtype, device, shared=True, beside=method.beside)
-        for name, value in (("recent", 0), ("ring", GROWING), ("origin", 0)):
-            self.register_buffer(name, torch.full((batch,), value, dtype=torch.int64, device=device))
-        for name in ("listed", "owner", "table", "mass", "spikes"):
-            self.register_buffer(name, None)
-        self.list_pages()
-
-    def list_pages(self) -> None:
-        """Look up this layer's pages, after they were laid out anew."""
-        self.listed, self.owner, self.table = self.pages.lists(self.index, avoid=self.store.rows)
-        for name in MASSES:
-            if name in self.pages.fields:
-                setattr(self, name, torch.zeros(len(self.listed), PAGE, device=self.listed.device))
-
-    # A step
-
-    def row(self, pos: Tensor) -> Tensor:
-        return 1 + (pos - self.origin[:, None]) % self.ring[:, None]  # row 0 is for padding
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
-        self.store.append(self.row(pos), k, v, pos)
-        tail = self.store.read(self.window)
-        fused = not torch.compiler.is_compiling() and q.device.type == "cpu" and self.backend != "eager"
-        some = torch.compiler.is_compiling() or any(self.pages.count[self.index])  # a compiled step always asks for both
-        observing = self.method.observes > 0 and self.store.mass is not None
-        if not some and not observing:
-            return attention(q, pos, tail, self.backend)
-        whole: Parts = (flash_slots if fused else slot_parts)(q, pos, tail)
-        settled = self.read_settled()
-        if some:
-            whole = blend(whole, flash_pages(q, pos, settled)) if fused else merge(whole, paged_parts(q, pos, settled))
-        if observing:
-            self.observe(q, pos, whole, tail, settled if some else None)
-        return whole.num.view(q.shape).to(q.dtype) if fused else finish(whole, q.dtype)
-
-    def read_settled(self) -> PagedSlots:
-        p = self.pages
-        views = () if torch.compiler.is_compiling() else p.views(self.index)
-        return PagedSlots(p.k, p.v, p.pos, p.a, self.listed, self.owner, self.table, (), views, self.window)
-
-    def observe(self, q: Tensor, pos: Tensor, whole: Parts, tail: Slots, settled: PagedSlots | None) -> None:
-        """Add up the attention that slots get, to the method's `powers`: from all queries of a prompt, and from every `observes`-th
-        one later,
-        by position, which then stands for as many. Never more than the queries of one call x slots."""
-        every = 1 if self.prompt_open else self.method.observes
-        counts = (pos >= 0) & (pos % every == 0)
-        eager = not torch.compiler.is_compiling()
-        if every > 1 and eager:
-            columns = counts.any(0).nonzero()[:, 0]
-            if not len(columns):
-                return
-            q, pos, counts = q[:, :, columns], pos[:, columns], counts[:, columns]
-            whole = Parts(*(x[:, :, :, columns] for x in whole))
-        weight, powers = counts * every, self.method.powers
-        if every == 1 and pos.shape[1] > 1 and eager:
-            sums = chunk_mass(q, pos, tail, whole, tuple(powers.values()))
-        else:
-            sums = [slot_mass(q, pos, tail, whole, weight, power) for power in powers.values()]
-        for (name, power), new in zip(powers.items(), sums, strict=True):
-            getattr(self.store, name).add_(new)
-            mine = getattr(self, name)
-            if settled is not None and mine is not None:
-                mine.add_(paged_mass(q, pos, settled, whole, weight, power))
-
-    def reserve(self, ends: Tensor, most: int | None) -> Tensor:
-        growing = self.ring == GROWING  # what is a ring has all the rows it needs
-        rows, least = 1 + int(torch.where(growing, ends - self.origin, 0).max()), 1 + int(torch.where(growing, 0, self.ring).max())
-        if rows > self.store.rows:
-            end = 2**62 if most is None else 1 + most - int(torch.where(growing, self.origin, GROWING).min())
-            rows = max(least, min(round_up(rows), end))
-            self.store.resize(rows, capacity=min(2 * rows, end))
-        return torch.where(growing, self.origin + self.store.rows - 1, 2**62)
-
-    # Between steps
-
-    def settled(self) -> dict[str, Tensor]:
-        """This layer's settled slots, padded to the longest head (`Pages.read`), their mass up to date."""
-        slots = self.pages.read(self.index)
-        for name in MASSES:
-            new = getattr(self, name)
-            if new is not None and any(self.pages.count[self.index]):
-                fresh = new[self.table.long()].view(*slots["pos"].shape[:2], -1)
-                slots[name] = slots[name] + fresh[:, :, : slots["pos"].shape[2]]
-        return slots
-
-    def put(self, slots: dict[str, Tensor]) -> None:
-        """Write settled slots."""
-        self.pages.replace(self.index, slots)
-        for name in MASSES:
-            if (new := getattr(self, name)) is not None:
-                new.zero_()
-
-    def candidates(self, seen: Tensor, which: Tensor) -> dict[str, Tensor]:
-        """The settled slots of all sequences, and, of those that `which` (B,) names, what is older than the recent tokens at lengths seen
-        (B,): k, v (B, G, N, D), a, pos (B, G, N) and the method's own fields; pos -1 = nothing there. Expired ones are left out."""
-        self.prepare()
-        pos = self.store.pos[:, 0].long()
-        old = (pos >= 0) & (pos < (seen - self.recent)[:, None]) & which[:, None]
-        rows = old.any(0).nonzero()[:, 0]
-        s, slots = self.store, self.settled()
-        shape = (*s.k.shape[:2], len(rows))
-        tail = {
-            "k": s.k[:, :, rows],
-            "v": s.v[:, :, rows],
-            "a": torch.zeros(shape, device=s.k.device),
-            "pos": torch.where(old, pos, -1)[:, None, rows].expand(shape),
-        }
-        for name in MASSES:
-            if (beside := getattr(s, name)) is not None:
-                tail[name] = beside[:, :, rows]
-        tail |= self.fresh(tail, seen)
-        both = {name: torch.cat((t, tail[name].to(t.dtype)), 2) for name, t in slots.items()}
-        if self.window is not None:
-            both["pos"] = torch.where(both["pos"] > (seen - self.window)[:, None, None], both["pos"], -1)
-        return both
-
-    def renewed(self, seen: Tensor, which: Tensor, room: Tensor, make: Any = None) -> dict[str, Tensor]:
-        """The settled slots, those of the sequences that `which` (B,) names made anew (`compress`, or `make`) together with what leaves
-        their tails. The others' stay as they are, whatever their neighbours do."""
-        old = self.settled()
-        new = (make or self.compress)(self.candidates(seen, which), seen, room, which)
-        if bool(which.all()):
-            return new
-        n = max(old["pos"].shape[2], new["pos"].shape[2])
-
-        def padded(name: str, t: Tensor) -> Tensor:
-            return F.pad(t, (0, 0) * (t.dim() - 3) + (0, n - t.shape[2]), value=EMPTY.get(name, 0))
-
-        return {
-            name: torch.where(which.view(-1, *[1] * (t.dim() - 1)), padded(name, new[name].to(t.dtype)), padded(name, t))
-            for name, t in old.items()
-        }
-
-    def prepare(self) -> None:
-        """Called before candidates are looked up."""
-
-    def begin_prompt(self, seen: Tensor) -> None:
-        """A prompt or chat turn comes next, after seen (B,) tokens."""
-
-    def fresh(self, tail: dict[str, Tensor], seen: Tensor) -> dict[str, Tensor]:
-        """The method's own fields of tokens that come out of the tail."""
-        return {}
-
-    @abstractmethod
-    def compress(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, which: Tensor) -> dict[str, Tensor]:
-        """Candidates -> at most room (B, G) settled slots, those that hold something first. Sequences that `which` (B,) does not name have
-        no candidates but what they own, and keep it."""
-
-    def drop(self, seen: Tensor, which: Tensor) -> None:
-        """Empty the tail's rows of what was handed to `compress`."""
-        pos = self.store.pos[:, 0]
-        self.store.free(((pos < (seen - self.recent)[:, None]) & which[:, None])[:, None])
-
-    def lay_tail(self, which: Tensor, origin: Tensor, ring: Tensor) -> None:
-        """Move the sequences that `which` (B,) names into a ring of this many rows that begins at `origin`; both (B,)."""
-        self.origin.copy_(torch.where(which, origin, self.origin))
-        self.ring.copy_(torch.where(which, ring, self.ring))
-        pos = self.store.pos[:, 0].long()
-        row = torch.where(pos >= 0, self.row(pos), 0)
-        bounded = torch.where(self.ring == GROWING, 0, self.ring)
-        self.store.move(row, max(2, int(row.max()) + 1, int(bounded.max()) + 1))
-
-    def used(self) -> int:
-        small = sum(t.nbytes for t in (self.recent, self.ring, self.origin, self.listed, self.owner, self.table))
-        kept = sum(getattr(self.store, name) is not None for name in MASSES)
-        mass = 4 * kept * self.store.k.shape[1] * int((self.store.pos >= 0).sum())
-        mass += sum(new.nbytes for name in MASSES if (new := getattr(self, name)) is not None)
-        return super().used() + self.pages.used(self.index) + small + mass
-
-    def slots(self) -> Slots:
-        s, tail = self.pages.read(self.index), super().slots()
-        assert tail.a is not None
-        k, v = torch.cat((s["k"], tail.k), 2), torch.cat((s["v"], tail.v), 2)
-        a = torch.cat((s["a"], tail.a), 2)
-        return Slots(k, v, torch.cat((s["pos"], tail.pos), 2), a, a, tail.window)
-
-
 class BudgetedCaches(Caches):
     """All layers of a method with a budget."""
 
@@ -341,7 +128,7 @@ class BudgetedCaches(Caches):
         self.pages = [caches[0].pages]  # in a list: a ModuleList would take the arena for a layer
         self.register_buffer("held", torch.zeros(batch, dtype=torch.int64, device=device))
         self.register_buffer("bounded", torch.zeros(batch, dtype=torch.bool, device=device))
-        if prompt_tokens is not None or not method.budget.percent:
+        if prompt_tokens or not method.budget.percent:
             self.held.fill_(method.slots(prompt_tokens or 0))
 
     @property
@@ -397,17 +184,25 @@ class BudgetedCaches(Caches):
         if bool(full.any()):
             self.compress(full)
         due = self.bounded & (self.tokens_seen % self.method.block == 0)
-        if bool(due.any()):
-            for cache in self:
-                self.absorb(cache, due)
+        pos = self[0].store.pos[:, 0]
+        if bool((due[:, None] & (pos >= 0) & (pos < (self.tokens_seen - self[0].recent)[:, None])).any()):
+            self.absorb(due)
 
-    def absorb(self, cache: BudgetedCache, due: Tensor) -> None:
-        """Hand a layer the tokens that have left its recent ones."""
-        seen = self.tokens_seen
-        pos = cache.store.pos[:, 0]
-        if bool(((pos >= 0) & (pos < (seen - cache.recent)[:, None]) & due[:, None]).any()):
-            cache.put(cache.renewed(seen, due, cache.pages.share[cache.index] * PAGE))
-            cache.drop(seen, due)
+    def absorb(self, due: Tensor) -> None:
+        """Hand the settled slots of the sequences that are due (B,) the tokens that have left the recent ones."""
+        for layers in self.groups():
+            put(layers, self.made(layers, due, self.pages[0].share))
+            for cache in layers:
+                cache.drop(self.tokens_seen, due)
+
+    def groups(self) -> Iterator[Sequence[BudgetedCache]]:
+        """The layers, in groups that are worked on at once."""
+        return ([cache] for cache in self)  # one at a time, unless a method can do more
+
+    def made(self, layers: Sequence[BudgetedCache], which: Tensor, share: Tensor) -> dict[str, Tensor]:
+        """A group's settled slots made anew, for the sequences that `which` (B,) names, to fit into share (L, B, G) pages."""
+        room = share[[cache.index for cache in layers]].flatten(0, 1) * PAGE
+        return renewed(layers, self.tokens_seen, which, room, layers[0].maker(layers))
 
     def compress(self, which: Tensor) -> None:
         """Turn everything of the sequences that `which` (B,) names, but for the recent tokens, into settled slots within their budgets."""
@@ -421,14 +216,16 @@ class BudgetedCaches(Caches):
         ring = torch.full_like(recent, GROWING) if growing else recent + m.block
         origin = (seen - recent).clamp(min=0) if growing else torch.zeros_like(seen)
         done = []
-        for cache in self:
-            done.append(cache.renewed(seen, which, share[cache.index] * PAGE))
-            cache.drop(seen, which)
-            cache.lay_tail(which, origin, ring)
+        for layers in self.groups():
+            done.append((layers, self.made(layers, which, share)))
+            for cache in layers:
+                cache.drop(seen, which)
+                cache.lay_tail(which, origin, ring)
         pages.lay_out(share.cpu())
-        for cache, slots in zip(self, done, strict=True):
+        for cache in self:
             cache.list_pages()
-            cache.put(slots)
+        for layers, slots in done:
+            put(layers, slots)
         if not growing:
             self.bounded |= which
         self.room = 0
@@ -437,6 +234,10 @@ class BudgetedCaches(Caches):
         """Pages of each layer, sequence and head (L, B, G), for the sequences that `which` (B,) names: here the same for all heads."""
         pages = torch.tensor([self.method.settled(n) // PAGE for n in self.held.tolist()], device=which.device)
         return pages[None, :, None].expand(self.pages[0].share.shape)
+
+    def kind(self) -> str:
+        hint = self.prompt_tokens if self.method.budget.percent else None
+        return super().kind() + (f", prompt_tokens={hint}" if hint else "")
 
     def make_room(self, ends: Tensor, most: int | None) -> None:
         if not self.holding:  # no tail outgrows the budget: a sequence is compressed when it gets there
@@ -455,7 +256,7 @@ class BudgetedCaches(Caches):
     def expand(self, batch: int) -> Caches:
         for cache in self:
             if cache.mass is not None:
-                cache.put(cache.settled())
+                put([cache], settled([cache]))
         new = super().expand(batch)
         assert isinstance(new, BudgetedCaches)
         for cache in new:

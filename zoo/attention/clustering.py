@@ -13,6 +13,7 @@ part in nothing. Numbers of clusters are tensors (B, G).
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo import random
@@ -92,9 +93,8 @@ def coverage(x: Tensor, alive: Tensor, clusters: Tensor, first: Tensor, starts: 
     starts = torch.minimum(starts.clamp(min=1), clusters)
     picks = torch.where(alive, first, -torch.inf).topk(min(int(starts.max()), x.shape[2]), dim=-1).indices
     rank, some = torch.arange(picks.shape[2], device=x.device), row(x, picks)
-    twice = ((torch.cdist(some, some).square() <= c.tie[..., None]) & (rank < rank[:, None])).any(
-        -1
-    )  # or rounding would share out its points
+    # Of equal points only the first: rounding would share out its points.
+    twice = ((torch.cdist(some, some).square() <= c.tie[..., None]) & (rank < rank[:, None])).any(-1)
     good = (rank < starts[..., None]) & alive.gather(2, picks) & ~twice
     order = (~good).to(torch.uint8).argsort(dim=-1, stable=True)
     c.add(picks.gather(2, order), good.gather(2, order))
@@ -104,9 +104,8 @@ def coverage(x: Tensor, alive: Tensor, clusters: Tensor, first: Tensor, starts: 
 
 
 def cover(x: Tensor, alive: Tensor, radius: float, most: Tensor) -> tuple[Tensor, Tensor]:
-    """As many centres as it takes to have no point farther than `radius` from one, but no more than most (B, G): labels (B, G, N) from
-    0, -1
-    where not alive, and the numbers of centres (B, G)."""
+    """As many centres as it takes to have no point farther than `radius` from one, but no more than most (B, G): labels (B, G, N) from 0,
+    -1 where not alive, and the numbers of centres (B, G)."""
     c = Centres(x, alive)
     picks = alive.to(torch.uint8).argmax(-1, keepdim=True)
     c.add(picks, alive.gather(2, picks) & (most > 0)[..., None])
@@ -169,45 +168,68 @@ def ward(x: Tensor, weight: Tensor, alive: Tensor, surplus: Tensor) -> Tensor:
     part of, its own where it stays.
 
     x (B, G, N, F) centres, weight (B, G, N), alive (B, G, N): what may merge. The cost of a pair is Ward's, w_a w_b / (w_a + w_b) |x_a -
-    x_b|^2. In each round the lightest clusters, four times as many as must go, look for their cheapest partners, and pairs merge that are
-    cheaper than any other that touches them: the cost grows with the lighter weight, so a cheap pair has a light member.
+    x_b|^2. In each round the lightest clusters, half as many again as must go and three more, look for their cheapest partners: the
+    cost grows with the lighter weight, so a cheap pair has a light member. Pairs merge that are cheaper than any other that touches them,
+    at most half of what must go, so that what has merged is looked at anew.
     """
-    own = torch.arange(x.shape[2], device=x.device).expand(alive.shape)
-    into = own
-    while bool((surplus > 0).any()):
-        light = torch.where(alive, weight, torch.inf).topk(min(4 * int(surplus.max()), x.shape[2]), largest=False).indices
+    shape, N = alive.shape, x.shape[2]
+    x, weight, alive, surplus = x.flatten(0, 1).clone(), (weight * alive).flatten(0, 1), alive.flatten(0, 1).clone(), surplus.flatten()
+    labels = torch.arange(N, device=x.device).repeat(len(x), 1)
+    heads = torch.arange(len(x), device=x.device)
+    while True:
+        some = (surplus > 0).nonzero()[:, 0]
+        if not len(some):
+            return labels.view(shape)
+        if len(some) < len(heads):  # the others are done
+            heads, x, weight, alive, surplus = heads[some], x[some], weight[some], alive[some], surplus[some]
+        wide = 3 + surplus * 3 // 2
+        light = torch.where(alive, weight, torch.inf).topk(min(int(wide.max()), N), largest=False).indices
         cost, partner = cheapest(x, weight, alive, light)
-        cost = torch.where(torch.arange(light.shape[2], device=x.device) < 4 * surplus[..., None], cost, torch.inf)  # each head its own
+        rank = torch.arange(light.shape[1], device=x.device).expand(light.shape)
+        cost = torch.where(rank < wide[:, None], cost, torch.inf)  # each head its own
         order = cost.argsort(dim=-1, stable=True)
-        rank = torch.empty_like(order).scatter_(2, order, torch.arange(order.shape[2], device=x.device).expand(order.shape))
-        best = torch.full_like(own, x.shape[2]).scatter_reduce(2, light, rank, "amin").scatter_reduce(2, partner, rank, "amin")
-        good = (cost < torch.inf) & (rank == best.gather(2, light)) & (rank == best.gather(2, partner))
-        good &= (good.gather(2, order).cumsum(-1).gather(2, rank)) <= surplus[..., None]
+        rank = torch.empty_like(order).scatter_(1, order, rank)
+        best = (
+            torch.full_like(alive, N, dtype=torch.int64).scatter_reduce_(1, light, rank, "amin").scatter_reduce_(1, partner, rank, "amin")
+        )
+        good = (cost < torch.inf) & (rank == best.gather(1, light)) & (rank == best.gather(1, partner))
+        equal = (cost == 0) & (partner < light)  # any number of equal ones may go into the first
+        equal &= ~torch.zeros_like(alive).scatter_(1, light, equal).gather(1, partner)
+        several = equal.any(-1, keepdim=True)
+        good = torch.where(several, equal, good)
+        most = torch.where(several[:, 0], surplus, (surplus + 1) // 2)
+        good &= good.gather(1, order).cumsum(-1).gather(1, rank) <= most[:, None]
+        n = good.sum(-1)
         low, high = torch.minimum(light, partner), torch.maximum(light, partner)
-        if not bool(good.any()):
-            return into
-        target = own.scatter_reduce(2, torch.where(good, high, own[:, :, :1]), torch.where(good, low, own[:, :, :1]), "amin")
-        into = target.gather(2, into)
-        w = weight * alive
-        total = gathered(target, w, x.shape[2])
-        x = gathered(target, x * w[..., None], x.shape[2]) / total.clamp(min=1e-30)[..., None]
-        weight, alive = total, alive & (target == own)
-        surplus = surplus - good.sum(-1)
-    return into
+        target = torch.arange(N, device=x.device).repeat(len(x), 1)
+        target.scatter_reduce_(1, torch.where(good, high, 0), torch.where(good, low, 0), "amin")
+        labels[heads] = target.gather(1, labels[heads])
+        h, a, b = good.nonzero()[:, 0], low[good], high[good]
+        moment = x * weight[..., None]
+        moment.index_put_((h, a), moment[h, b], accumulate=True)
+        weight.index_put_((h, a), weight[h, b], accumulate=True)
+        weight[h, b], alive[h, b] = 0.0, False
+        x[h, a] = moment[h, a] / weight[h, a].clamp(min=1e-30)[:, None]
+        surplus = torch.where(n > 0, surplus - n, 0)  # 0: nothing is left that could merge
 
 
 def cheapest(x: Tensor, weight: Tensor, alive: Tensor, some: Tensor) -> tuple[Tensor, Tensor]:
-    """For the clusters some (B, G, C) the least Ward cost of merging it, and with which: (B, G, C) each; cost inf where there is none."""
-    square, one = x.square().sum(-1, keepdim=True), torch.ones_like(weight)[..., None]
-    far = torch.where(alive[..., None], square, torch.inf)
-    heavy = 1 / weight.clamp(min=1e-30)[..., None]
-    d = row(torch.cat((-2 * x, square, one), -1), some) @ torch.cat((x, one, far), -1).mT  # |x_a - x_b|^2
-    tie = TIE * torch.where(alive, square[..., 0], 0).amax(-1)
-    d = torch.where(d > tie[..., None, None], d, 0.0)  # among equal points the first is the nearest, whatever rounding says
-    d.div_(row(torch.cat((heavy, one), -1), some) @ torch.cat((one, heavy), -1).mT)
-    d.scatter_(3, some[..., None], torch.inf)
-    cost, partner = d.min(-1)
-    return torch.where(alive.gather(2, some), cost, torch.inf), partner
+    """For the clusters some (H, C) of x (H, N, F) the least Ward cost of merging it, and with which: (H, C) each; cost inf where there is
+    none. Costs are in a unit of each head's own. A few heads at a time, so that their costs stay in a core's cache."""
+    square = x.square().sum(-1)
+    unit = (TIE * torch.where(alive, square, 0).amax(-1, keepdim=True)).clamp(min=1e-30)  # squared distances below 1 are ties
+    square = (square / unit)[..., None]
+    x, one, inverse = x / unit.sqrt()[..., None], torch.ones_like(square), 1 / weight.clamp(min=1e-30)
+    left = row(torch.cat((-2 * x, square, one), -1)[None], some[None])[0]
+    right = torch.cat((x, one, torch.where(alive[..., None], square, torch.inf)), -1).mT
+    least = torch.empty(some.shape, device=x.device)
+    partner, step = torch.empty_like(some), max(1, 2**18 // (some.shape[1] * x.shape[1]))
+    for part in (slice(i, i + step) for i in range(0, len(x), step)):
+        d = torch.bmm(left[part], right[part])  # |x_a - x_b|^2
+        F.threshold(d, 1.0, 0.0, inplace=True)  # among equal points the first is the nearest, whatever rounding says
+        d.div_(inverse[part].gather(1, some[part])[..., None] + inverse[part, None])
+        torch.min(d.scatter_(2, some[part][..., None], torch.inf), 2, out=(least[part], partner[part]))
+    return torch.where(alive.gather(1, some), least, torch.inf), partner
 
 
 def row(values: Tensor, index: Tensor) -> Tensor:
@@ -215,16 +237,14 @@ def row(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(2, index[..., None].expand(*index.shape, values.shape[3]))
 
 
-def rounded(mean: Tensor, dtype: torch.dtype, pos: Tensor, which: int) -> Tensor:
-    """mean (B, G, M, D) float32 in a shorter dtype, rounded up or down at random so that the expectation is the mean: the mean of a large
-    cluster moves by less than half a step of bfloat16 at a time, and rounded to nearest it would stand still. The draw is a function of the
-    cluster's newest position (B, G, M), row, head and dimension."""
+def rounded(mean: Tensor, dtype: torch.dtype, head: Tensor, pos: Tensor, which: int) -> Tensor:
+    """mean (M, D) float32 in a shorter dtype, rounded up or down at random so that the expectation is the mean: the mean of a large cluster
+    moves by less than half a step of bfloat16 at a time, and rounded to nearest it would stand still. The draw is a function of the
+    cluster's head and newest position (M,), and of the dimension."""
     near = mean.to(dtype)
     if dtype in (torch.float32, torch.float64):
         return near
     error = mean - near.float()
     other = torch.nextafter(near, torch.where(error > 0, torch.inf, -torch.inf).to(dtype))
-    _, G, M, D = mean.shape
-    index = [torch.arange(n, device=mean.device) for n in (G, M, D)]
-    noise = random.uniform(which, pos[..., None].long(), index[0][:, None, None], index[1][:, None], index[2])
+    noise = random.uniform(which, pos[:, None].long(), head[:, None], torch.arange(mean.shape[1], device=mean.device))
     return torch.where(noise * (other.float() - near.float()).abs() < error.abs(), other, near)

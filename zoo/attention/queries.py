@@ -10,6 +10,8 @@ Letters: B batch, T queries, H query heads, G key/value heads (R = H/G), N keys 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -20,15 +22,79 @@ RANK = 8  # directions of a group's covariance that outlast the prompt
 AHEAD = range(0, 512, 32)  # how far ahead of the newest token the expectation looks
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """What is known of the queries of one layer, or of several, whose sequences then follow one another."""
+
+    rotary: Any
+    sum: Tensor  # (B, 1, H, D) and square (B, 1, H, D, D): over every 8th query, and over its outer products; float32
+    square: Tensor
+    count: Tensor  # (B,): how many; -1 = they have been summarised
+    mean: Tensor  # (B, H, D) and factor (B, G, D, RANK): the summary
+    factor: Tensor
+
+    @classmethod
+    def of(cls, several: Sequence[Queries]) -> Statistics:
+        """Those of several layers as one."""
+        parts = zip(*((q.sum, q.square, q.count, q.mean, q.factor) for q in several), strict=True)
+        return cls(several[0].rotary[0], *(torch.cat(part) for part in parts))
+
+    def attention(self, k: Tensor, seen: Tensor, count: Tensor) -> Tensor:
+        """The attention that queries behind lengths seen (B,) are expected to give to keys k (B, G, N, D), summed over a group's query
+        heads (B, G, N), if they are Gaussian: softmax of s mu.k + s^2/2 k.C k + log n. count (B, G, N): the n tokens behind each key; 0 =
+        nothing there."""
+        mean, cov = self.future(seen)
+        B, G, _, D = k.shape
+        wide, scale = k.float(), D**-0.5
+        mean, cov = mean.view(B, G, -1, D), cov.view(B, G, -1, D, D).to(k.dtype)
+        logit = scale * wide @ mean.mT  # (B, G, N, R)
+        for r in range(mean.shape[2]):
+            logit[..., r] += 0.5 * scale**2 * torch.linalg.vecdot((k @ cov[:, :, r]).float(), wide)
+        return (logit + count.log()[..., None]).softmax(2).nan_to_num_().sum(-1)
+
+    def future(self, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean (B, H, D) and covariance (B, H, D, D) of the queries to come: those so far, turned to the positions ahead."""
+        learned = self.count > 0
+        ahead = seen[:, None] + torch.tensor(AHEAD, device=seen.device)
+        if not self.mean.numel() or bool(learned.all()):
+            mean, second = self.measured(ahead)
+        else:
+            mean, second = self.summary(ahead)
+            if bool(learned.any()):
+                other = self.measured(ahead)
+                mean = torch.where(learned[:, None, None], other[0], mean)
+                second = torch.where(learned[:, None, None, None], other[1], second)
+        return mean, second - mean[..., None] * mean[..., None, :]
+
+    def measured(self, ahead: Tensor) -> tuple[Tensor, Tensor]:
+        """From the sums: mean (B, H, D) and second moment (B, H, D, D) over the positions ahead (B, P)."""
+        n = self.count.clamp(min=1)[:, None, None]
+        mean, second = self.sum[:, 0] / n, self.square[:, 0] / n[..., None]
+        D, P = mean.shape[-1], ahead.shape[1]
+        eye = torch.eye(D, device=ahead.device).expand(len(ahead), P, D, D).transpose(1, 2)
+        turn = self.rotary.rotate(eye, ahead).transpose(1, 2)  # (B, P, D, D): x @ turn[p]
+        total = torch.zeros_like(second)
+        for p in range(P):
+            total += turn[:, None, p].mT @ second @ turn[:, None, p]
+        return mean @ turn.mean(1), total / P
+
+    def summary(self, ahead: Tensor) -> tuple[Tensor, Tensor]:
+        """The same from what `summarize` kept."""
+        (B, H, D), G, P = self.mean.shape, self.factor.shape[1], ahead.shape[1]
+        each = torch.cat((self.mean, self.factor.mT.flatten(1, 2)), 1).float()  # (B, H + G RANK, D)
+        turned = self.rotary.rotate(each[:, :, None].expand(-1, -1, P, -1), ahead)
+        means, spread = turned[:, :H], turned[:, H:].reshape(B, G, -1, D)
+        second = (means.mT @ means).view(B, G, -1, D, D) + (spread.mT @ spread)[:, :, None]
+        return means.mean(2), second.view(B, H, D, D) / P
+
+
 class Queries(nn.Module):
     """Statistics of one layer's queries."""
 
-    sum: (
-        Tensor  # (B, 1, H, D) and square (B, 1, H, D, D): over every 8th query, and over its outer products; float32, freed when not needed
-    )
+    sum: Tensor  # as in Statistics; freed when not needed
     square: Tensor
     count: Tensor  # (B,): how many; -1 = this sequence's have been summarised, and it learns no more before the next prompt
-    mean: Tensor  # (B, H, D) and factor (B, G, D, RANK): what outlasts the prompt
+    mean: Tensor
     factor: Tensor
     OPEN: ClassVar[dict[str, int]] = {"sum": 1, "square": 1}
 
@@ -45,15 +111,6 @@ class Queries(nn.Module):
     @property
     def learning(self) -> bool:
         return self.sum.shape[1] > 0
-
-    def attention(self, k: Tensor, seen: Tensor, count: Tensor) -> Tensor:
-        """The attention that queries behind lengths seen (B,) are expected to give to keys k (B, G, N, D), summed over a group's heads:
-        (B, G, N) float32. count (B, G, N): the n tokens behind each key, whose logit grows by log n; 0 = nothing there."""
-        learned = self.count > 0
-        if not self.mean.numel() or bool(learned.all()):
-            return self.expected(k, seen, count)
-        known = self.anticipated(k, seen, count)
-        return torch.where(learned[:, None, None], self.expected(k, seen, count), known) if bool(learned.any()) else known
 
     def learn(self, q: Tensor, pos: Tensor) -> None:
         """Add every 8th of the queries q (B, H, T, D) at pos (B, T) to the statistics."""
@@ -75,8 +132,7 @@ class Queries(nn.Module):
 
     def summarize(self, which: Tensor) -> None:
         """The sequences that `which` (B,) names have been compressed: of their queries only means and the RANK main directions of each
-        group's
-        covariance stay, and they learn no more before the next prompt."""
+        group's covariance stay, and they learn no more before the next prompt."""
         if self.sum.shape[1]:
             which = which & (self.count > 0)
             n = self.count.clamp(min=1)[:, None, None]
@@ -90,45 +146,3 @@ class Queries(nn.Module):
             self.count.masked_fill_(which, -1)
             for total in (self.sum, self.square):
                 total.masked_fill_(which.view(-1, *[1] * (total.dim() - 1)), 0)
-
-    def future(self, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean (B, H, D) and covariance (B, H, D, D) of the queries to come: those so far, turned to the positions ahead."""
-        n = self.count.clamp(min=1)[:, None, None]
-        mean, second = self.sum[:, 0] / n, self.square[:, 0] / n[..., None]
-        D = mean.shape[-1]
-        ahead = seen[:, None] + torch.tensor(AHEAD, device=seen.device)
-        eye = torch.eye(D, device=seen.device).expand(len(seen), D, D)[:, :, None].expand(-1, -1, len(AHEAD), -1)
-        turn = self.rotary[0].rotate(eye, ahead).transpose(1, 2)  # (B, P, D, D): x @ turn[p]
-        mean = mean @ turn.mean(1)
-        total = torch.zeros_like(second)
-        for p in range(len(AHEAD)):
-            total += turn[:, None, p].mT @ second @ turn[:, None, p]
-        return mean, total / len(AHEAD) - mean[..., None] * mean[..., None, :]
-
-    def anticipated(self, k: Tensor, seen: Tensor, count: Tensor) -> Tensor:
-        """`expected`, from what `summarize` kept."""
-        (B, G, _, D), scale = k.shape, k.shape[3] ** -0.5
-        each = torch.cat((self.mean.view(B, G, -1, D), self.factor.mT), 2).float()  # (B, G, R + RANK, D)
-        R = each.shape[2] - RANK
-        ahead = seen[:, None] + torch.tensor(AHEAD, device=seen.device)
-        turned = self.rotary[0].rotate(each.flatten(1, 2)[:, :, None].expand(-1, -1, len(AHEAD), -1), ahead)  # (B, G (R + RANK), P, D)
-        dots = scale * (k.float() @ turned.view(B, G, -1, D).mT).unflatten(3, (-1, len(AHEAD)))  # (B, G, N, R + RANK, P)
-        mean, spread = dots[..., :R, :], dots[..., R:, :].square().sum(3).mean(-1, keepdim=True)
-        centre = mean.mean(-1)
-        logit = centre + 0.5 * (mean.square().mean(-1) - centre.square() + spread) + count.log()[..., None]
-        return logit.softmax(2).nan_to_num_().sum(-1)
-
-    def expected(self, k: Tensor, seen: Tensor, count: Tensor) -> Tensor:
-        """The attention that the queries to come are expected to give to keys k (B, G, N, D), summed over the group's query heads (B,
-        G, N),
-        if they are Gaussian: softmax of s mu.k + s^2/2 k.C k + log n. count (B, G, N): the n tokens behind each key; 0 = none."""
-        mean, cov = self.future(seen)
-        B, G, _, D = k.shape
-        k = k.float()
-        scale = D**-0.5
-        mean, cov = mean.view(B, G, -1, D), cov.view(B, G, -1, D, D)
-        logit = scale * k @ mean.mT  # (B, G, N, R)
-        for r in range(mean.shape[2]):
-            logit[..., r] += 0.5 * scale**2 * ((k @ cov[:, :, r]) * k).sum(-1)
-        logit = logit + count.log()[..., None]
-        return logit.softmax(2).nan_to_num_().sum(-1)

@@ -7,15 +7,17 @@ a budget that is no multiple of 32 keeps up to 31 fewer.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from zoo.attention.budgeted import Budgeted, BudgetedCache
+from zoo.attention.budgeted import Budgeted
 from zoo.attention.slots import merge, paged_mass, paged_parts, slot_mass, slot_parts
 from zoo.attention.store import Pages
+from zoo.attention.tail import BudgetedCache, Make
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,12 @@ class SelectingCache(BudgetedCache):
         self.mass.copy_(paged_mass(q, pos, settled, whole))
         self.pages.get_buffer("mass").zero_()
 
+    @classmethod
+    def maker(cls, layers: Sequence[SelectingCache]) -> Make:
+        return layers[0].compress
+
     def compress(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, which: Tensor) -> dict[str, Tensor]:
+        """The best of the candidates, at most room (B, G)."""
         pos = slots["pos"]
         score = self.method.score(self, slots, seen).to(torch.float32)
         score = torch.where(pos < self.method.sinks, torch.inf, score).masked_fill(pos < 0, -torch.inf)

@@ -10,15 +10,17 @@ between budget - 64 and budget of them are held.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from zoo.attention.budgeted import SINKS, BudgetedCache, names
+from zoo.attention.budgeted import SINKS, names
 from zoo.attention.selecting import Selecting, SelectingCache
 from zoo.attention.store import Pages
+from zoo.attention.tail import BudgetedCache
 
 POSITIONS = ("true", "cache")
 
@@ -53,7 +55,9 @@ class CountedCache(SelectingCache):
         B, G, _, D = self.store.k.shape
         self.register_buffer("first", self.store.k.new_zeros(B, G, SINKS, D))
 
-    def fresh(self, tail: dict[str, Tensor], seen: Tensor) -> dict[str, Tensor]:
+    @classmethod
+    def fresh(cls, layers: Sequence[CountedCache], tail: dict[str, Tensor]) -> dict[str, Tensor]:
+        (self,) = layers
         pos = tail["pos"].long()
         sink = (pos >= 0) & (pos < SINKS)
         if bool(sink.any()):

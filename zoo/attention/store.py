@@ -10,7 +10,7 @@ Letters: B batch, G key/value heads, S rows, D head size, L layers, P pages, J p
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -202,23 +202,27 @@ class Pages(nn.Module):
             shown = self.shown[layer] = show(self.k, self.v, self.a, self.pos, spans)
         return shown
 
-    def rows(self, layer: int) -> Tensor:
-        """(B, G, J PAGE) int64: the arena's rows that each head owns; a row of page 0 where a head is shorter than the longest."""
-        counts, first = (torch.tensor(x[layer], device=self.device).view(self.share.shape[1:]) for x in (self.count, self.first))
-        j = torch.arange(max(1, int(counts.max())), device=self.device)
+    def rows(self, layers: Sequence[int]) -> Tensor:
+        """(len(layers) B, G, J PAGE) int64: the arena's rows that each head owns; a row of page 0 where it is shorter than the longest."""
+        shape = (len(layers) * self.share.shape[1], self.share.shape[2])
+        counts, first = (torch.tensor([x[i] for i in layers], device=self.device).view(shape) for x in (self.count, self.first))
+        j = torch.arange(max(1, *(max(self.count[i]) for i in layers)), device=self.device)
         page = torch.where(j < counts[..., None], first[..., None] + j, 0)
         return (page[..., None] * PAGE + torch.arange(PAGE, device=self.device)).flatten(2)
 
-    def read(self, layer: int) -> dict[str, Tensor]:
-        """A copy of a layer's slots, padded to its longest head: k, v (B, G, S, D), a, pos (B, G, S) and the extras; pos -1 = nothing."""
-        rows = self.rows(layer)
+    def read(self, layers: int | Sequence[int]) -> dict[str, Tensor]:
+        """A copy of a layer's slots, padded to its longest head: k, v (B, G, S, D), a, pos (B, G, S) and the extras; pos -1 = nothing. Of
+        several layers, one's sequences after the other's."""
+        rows = self.rows([layers] if isinstance(layers, int) else layers)
         return {name: getattr(self, name).flatten(0, 1)[rows] for name in self.fields}
 
-    def replace(self, layer: int, slots: Mapping[str, Tensor]) -> None:
-        """Write a layer's slots, given as `read` gives them; slots with pos -1 and what is beyond a head's pages are left out. Slots
-        must come first: a head's n-th slot goes to its n-th row."""
-        self.shown[layer] = None
-        rows = self.rows(layer)
+    def replace(self, layers: int | Sequence[int], slots: Mapping[str, Tensor]) -> None:
+        """Write slots, given as `read` gives them; those with pos -1 and what is beyond a head's pages are left out. Slots must come
+        first: a head's n-th slot goes to its n-th row."""
+        layers = [layers] if isinstance(layers, int) else layers
+        for layer in layers:
+            self.shown[layer] = None
+        rows = self.rows(layers)
         n = min(rows.shape[2], slots["pos"].shape[2])
         assert not bool((slots["pos"][:, :, n:] >= 0).any()), "more slots than a head's pages hold"
         for name in self.fields:

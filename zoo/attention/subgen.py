@@ -14,7 +14,8 @@ one (heads=prompt; table: the same from another text, `python -m zoo.calibrate s
 At a prompt's end all of this is found at once. Afterwards (and inside the prompt with when=stream) tokens that leave the recent ones come
 in as clusters of one, and the cheapest pairs by Ward's criterion merge until the budget is kept.
 delta=D, in the unit of keys, instead of a budget: as many clusters as it takes to have no un-rotated key farther than D from its centre.
-Their number then grows as the text asks, sublinearly where keys cluster: the paper's promise.
+Their number then grows as the text asks, sublinearly where keys cluster: the paper's promise. (Later tokens join what is near: a heavy
+token, too, then becomes a cluster, and as means move, a token may come to be farther than D from its own.)
 
 scores=attention: which tokens are heavy is measured, from all queries of a prompt and every 8th one later: half of them by the attention
 that they got on average, half by its squares. scores=expected: estimated from the queries' mean and covariance, as u is; no mass at all.
@@ -27,6 +28,7 @@ A cluster carries the position of its newest token, and leaves a model's sliding
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -34,18 +36,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from zoo import random
-from zoo.attention.budgeted import QUARTER, SINKS, Budgeted, BudgetedCache, BudgetedCaches, names
+from zoo.attention.budgeted import QUARTER, SINKS, Budgeted, BudgetedCaches, names
 from zoo.attention.cache import Caches
-from zoo.attention.clustering import cover, coverage, gathered, latest, principal, radii, rounded, ward
+from zoo.attention.clustering import cover, principal, radii
 from zoo.attention.queries import RANK, Queries
 from zoo.attention.shares import HIGH, fill, one_delta
 from zoo.attention.slots import PAGE, Slots
 from zoo.attention.store import Pages
+from zoo.attention.subgen_slots import FEATURES, HEAVY, Maker, unrotated
 from zoo.attention.tables import load_shares
+from zoo.attention.tail import BudgetedCache, Make, candidates, put, renewed, settled
 
-FEATURES = 16  # principal coordinates of an un-rotated key that are kept beside a cluster
-HEAVY = 0.5  # of a head's slots: tokens that got most attention
+AT_ONCE = 2**14  # tokens and slots of all heads that are worked on together
 SCORES, HEADS = ("attention", "expected"), ("prompt", "table", "uniform")
 
 
@@ -150,14 +152,7 @@ class SubGenCache(BudgetedCache):
             self.measure(False)
         self.queries.forget(True)
 
-    # Tokens as points
-
-    def unrotated(self, slots: dict[str, Tensor], pos: Tensor) -> Tensor:
-        """Keys without their positions, (B, G, N, D) float32; pos (B, G, N), a cluster's mean position."""
-        k = slots["k"].float()
-        B, G, N, D = k.shape
-        flat = self.rotary[0].unrotate(k.view(B * G, 1, N, D), pos.reshape(B * G, N).clamp(min=0))
-        return flat.view(B, G, N, D)
+    # Between steps
 
     def prepare(self) -> None:
         """Find the principal directions, once, from the tokens that are here."""
@@ -168,125 +163,19 @@ class SubGenCache(BudgetedCache):
             found = principal(x, (pos >= 0)[:, None].expand(x.shape[:3]), self.basis.shape[3])
             self.basis.copy_(torch.where(new[:, None, None, None], found.to(self.basis.dtype), self.basis))
 
-    def points(self, slots: dict[str, Tensor], alive: Tensor) -> Tensor:
-        """What distances are taken between, (B, G, N, F) float32."""
-        if "x" in slots:
-            return slots["x"].float()
-        x = self.unrotated(slots, slots["middle"].round().long())
-        return x if self.method.delta else x @ principal(x, alive, self.method.features(x.shape[3]))
+    @classmethod
+    def maker(cls, layers: Sequence[SubGenCache]) -> Make:
+        return Maker(layers).compress
 
-    def fresh(self, tail: dict[str, Tensor], seen: Tensor) -> dict[str, Tensor]:
-        pos = tail["pos"].long()
+    @classmethod
+    def fresh(cls, layers: Sequence[SubGenCache], tail: dict[str, Tensor]) -> dict[str, Tensor]:
+        one, pos = layers[0], tail["pos"].long()
         out = {"middle": pos.float(), "weight": torch.ones_like(tail["a"])}
-        out |= {name: torch.zeros_like(tail["a"]) for name in self.method.beside if name not in tail}  # of a time when nothing was measured
-        if "x" in self.pages.fields:
-            x = self.unrotated(tail, pos)
-            out["x"] = x if self.method.delta else x @ self.basis.float()
+        out |= {name: torch.zeros_like(tail["a"]) for name in one.method.beside if name not in tail}  # of a time when nothing was measured
+        if "x" in one.pages.fields:
+            x = unrotated(one, tail["k"], pos)
+            out["x"] = x if one.method.delta else x @ torch.cat([layer.basis for layer in layers]).float()
         return out
-
-    @property
-    def group(self) -> int:
-        return self.queries.mean.shape[1] // self.store.k.shape[1]
-
-    # From tokens to slots
-
-    def compress(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, which: Tensor) -> dict[str, Tensor]:
-        pos = slots["pos"].long()
-        alive = (pos >= 0) & which[:, None, None]
-        count = torch.where(alive, slots["a"].exp().round(), 0)
-        u, attention = self.weights(slots, seen, count)
-        exact = self.exact(pos, count, attention, room)
-        rest = alive & ~exact
-        clusters = torch.minimum(room - exact.sum(-1), rest.sum(-1))
-        if self.method.delta:
-            label, clusters = cover(self.points(slots, rest), rest, self.method.delta, clusters)
-        else:
-            heads = torch.arange(pos.shape[1], device=pos.device)[:, None]
-            noise = random.gumbel(self.method.seed, torch.full_like(heads, self.index), heads, pos)
-            label = coverage(self.points(slots, rest), rest, clusters, u.clamp(min=1e-20).log() + noise, clusters // 4)
-        label = torch.where(exact, clusters[..., None] + exact.cumsum(-1) - 1, label)
-        if self.method.bounded:
-            self.queries.summarize(which)
-        return self.merged(slots | {"weight": u}, label, torch.where(exact, 1.0, u), count, int(room.max()))
-
-    def weights(self, slots: dict[str, Tensor], seen: Tensor, count: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """u, and by what tokens are heavy: (B, G, N) each, for slots of count tokens. Half of the heavy ones are those that got most
-        attention
-        from the queries that could see them, half those of the greatest squares: that a single query needed, as a name or number is."""
-        expected = self.queries.attention(slots["k"], seen, count)
-        w = (expected / self.group + 0.01 * count / count.sum(-1, keepdim=True).clamp(min=1)) * slots["v"].float().norm(dim=-1)
-        u = w / (w.sum(-1, keepdim=True) / count.sum(-1, keepdim=True).clamp(min=1)).clamp(min=1e-30) + 0.01 * count
-        could_see = (seen[:, None, None] - slots["pos"]).clamp(min=1)
-        return torch.where(count > 0, u, 0.0), [slots["mass"] / could_see, slots["spikes"]] if self.method.measures else [expected]
-
-    def exact(self, pos: Tensor, count: Tensor, scores: list[Tensor], room: Tensor) -> Tensor:
-        """Which slots stay as they are (B, G, N): the first tokens, and the single ones of the highest scores, each score's in its turn."""
-        single = count == 1
-        sink = single & (pos < SINKS)
-        rank = torch.full_like(pos, pos.shape[2])
-        for score in scores:
-            order = torch.where(single & ~sink, score, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-            rank = torch.minimum(
-                rank, torch.empty_like(order).scatter_(2, order, torch.arange(pos.shape[2], device=pos.device).expand(pos.shape))
-            )
-        rank = torch.where(single & ~sink, rank, pos.shape[2]).argsort(dim=-1, stable=True).argsort(dim=-1)
-        return sink | (single & ~sink & (rank < ((room - SINKS) * HEAVY).long()[..., None]))
-
-    def merged(self, slots: dict[str, Tensor], label: Tensor, u: Tensor, count: Tensor, size: int) -> dict[str, Tensor]:
-        """One slot for each label (B, G, N) below `size`: weighted means of keys, values and coordinates, sums of the rest."""
-        total = gathered(label, u, size).clamp(min=1e-30)[..., None]
-        n = gathered(label, count, size)
-        new = {
-            "a": n.clamp(min=1).log(),
-            "pos": latest(label, slots["pos"].long(), size),
-            "middle": gathered(label, slots["middle"] * count, size) / n.clamp(min=1),
-            "weight": gathered(label, slots["weight"], size),
-        }
-        for which, name in enumerate(name for name in ("k", "v", "x") if name in slots):
-            mean = gathered(label, slots[name].float() * u[..., None], size) / total
-            new[name] = rounded(mean, slots[name].dtype, new["pos"], which)
-        return new | {name: gathered(label, slots[name], size) for name in self.method.beside}
-
-    def stream(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, due: Tensor) -> dict[str, Tensor]:
-        """Tokens that leave the recent ones are clusters of one; as many pairs merge as there are too many slots."""
-        pos = slots["pos"].long()
-        alive = pos >= 0
-        count = torch.where(alive, slots["a"].exp().round(), 0)
-        weight, attention = self.weights(slots, seen, count)
-        free = alive & ~self.exact(pos, count, attention, room)
-        surplus = (alive.sum(-1) - room).clamp(min=0) * due[:, None]
-        into = ward(self.points(slots, free), weight, free, surplus)
-        first = alive & (into == torch.arange(into.shape[2], device=into.device))
-        label = torch.where(alive, (first.cumsum(-1) - 1).gather(2, into), -1)
-        return self.merged(slots | {"weight": weight}, label, weight.clamp(min=1e-20), count, max(int(room.max()), 1))
-
-    def join(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, due: Tensor) -> dict[str, Tensor]:
-        """By delta: a token that leaves the recent ones joins the nearest cluster if that is no farther than delta, and opens one
-        otherwise."""
-        pos = slots["pos"].long()
-        alive, size = pos >= 0, pos.shape[2]
-        count, own = torch.where(alive, slots["a"].exp().round(), 0), torch.arange(size, device=pos.device)
-        old = max(1, *self.pages.count[self.index]) * PAGE  # the first so many are settled
-        weight, _ = self.weights(slots, seen, count)
-        x = self.points(slots, alive)
-        near = torch.cdist(x[:, :, old:], x[:, :, :old]).masked_fill_(~alive[:, :, None, :old], torch.inf).min(-1)
-        waiting = alive[:, :, old:].clone()
-        joins = waiting & (near.values <= self.method.delta)
-        into = torch.where(joins, near.indices, own[old:])
-        waiting &= ~joins
-        among = torch.cdist(x[:, :, old:], x[:, :, old:])
-        while bool(
-            waiting.any()
-        ):  # the first of those that wait opens a cluster, and takes what is near: at most a block's tokens of rounds
-            first = waiting.to(torch.uint8).argmax(-1, keepdim=True)
-            joins = waiting & (among.gather(2, first[..., None].expand(*first.shape, size - old))[:, :, 0] <= self.method.delta)
-            joins |= waiting & (own[: size - old] == first)
-            into = torch.where(joins, old + first, into)
-            waiting &= ~joins
-        into = torch.cat((own[:old].expand(*pos.shape[:2], old), into), 2)
-        opens = alive & (into == own)
-        label = torch.where(alive, (opens.cumsum(-1) - 1).gather(2, into), -1)
-        return self.merged(slots | {"weight": weight}, label, weight.clamp(min=1e-20), count, int(opens.sum(-1).max()))
 
     def slots(self) -> ClusterSlots:
         s, plain = self.pages.read(self.index), super().slots()
@@ -323,6 +212,9 @@ class SubGenCaches(BudgetedCaches):
         super().__init__(method, caches, batch, prompt_tokens, device)
         self.table: Tensor | None = table  # (L, G): each head's share of the average
 
+    def kind(self) -> str:
+        return super().kind() + ("" if self.table is None else f", table {hashlib.sha256(self.table.numpy().tobytes()).hexdigest()[:12]}")
+
     def capacity(self) -> list[int]:
         """Rows of settled slots that each sequence's budget pays for, a head on average."""
         m, D = self.method, self[0].store.k.shape[3]
@@ -330,7 +222,7 @@ class SubGenCaches(BudgetedCaches):
         if not m.bounded:
             return rows
         F = m.features(D)  # beside a slot of 2 D numbers stand F; the basis is D F numbers a head, what is kept of queries (R + RANK) D
-        fixed = (0 if m.delta else F / 2) + (self[0].group + RANK) / 2
+        fixed = (0 if m.delta else F / 2) + (Maker([self[0]]).group + RANK) / 2
         return [int((n - fixed) / (1 + F / (2 * D))) for n in rows]
 
     def shares(self, which: Tensor) -> Tensor:
@@ -368,7 +260,7 @@ class SubGenCaches(BudgetedCaches):
             held = (old["pos"] >= 0) & settled & which[:, None, None]
             alive = torch.cat((held, keep[:, None, index].expand(*k.shape[:2], -1)), 2)
             middle = torch.cat((old["middle"].round().long(), pos[:, None, index].expand(*k.shape[:2], -1)), 2)
-            x = cache.unrotated({"k": k}, middle)
+            x = unrotated(cache, k, middle)
             x = x @ principal(x, alive, min(FEATURES, x.shape[3]))
             counts, found = radii(x, alive, most[:, None].expand(k.shape[:2]))
             out.append((counts * step[:, None, None], found))
@@ -380,39 +272,53 @@ class SubGenCaches(BudgetedCaches):
         """Pages for as many clusters as delta asks for, and heavy tokens in proportion."""
         share = self.pages[0].share.clone()
         for cache in self:
-            slots = cache.candidates(self.tokens_seen, which)
+            slots = candidates([cache], self.tokens_seen, which)
             alive = (slots["pos"] >= 0) & which[:, None, None]
             tokens = alive.sum(-1)
-            _, clusters = cover(cache.points(slots, alive), alive, self.method.delta, tokens)
+            _, clusters = cover(Maker([cache]).points(slots, alive), alive, self.method.delta, tokens)
             rows = torch.minimum(SINKS + (clusters / (1 - HEAVY)).long(), tokens)
             share[cache.index] = torch.where(which[:, None], ((rows + PAGE - 1) // PAGE).to(share.dtype), share[cache.index])
         return share
 
+    def groups(self) -> Iterator[Sequence[SubGenCache]]:
+        pos = self[0].store.pos
+        waiting = int((pos >= 0).sum(-1).max())
+        most = max(1, AT_ONCE // (self.batch * self.pages[0].share.shape[2] * (waiting + PAGE * max(max(c) for c in self.pages[0].count))))
+        layers = list(self)
+        return (layers[i : i + most] for i in range(0, len(layers), most))
+
     def compress(self, which: Tensor) -> None:
         super().compress(which)
+        if self.method.bounded:
+            for cache in self:
+                cache.queries.summarize(which)
         if bool(self.bounded.all()):  # no sequence needs its queries any more
             for cache in self:
                 cache.queries.forget(True)
 
-    def absorb(self, cache: SubGenCache, due: Tensor) -> None:  # type: ignore[override]
+    def absorb(self, due: Tensor) -> None:
         seen, pages = self.tokens_seen, self.pages[0]
-        room = pages.share[cache.index] * PAGE
-        new = cache.renewed(seen, due, room, cache.join if self.method.delta else cache.stream)
-        need = (new["pos"] >= 0).sum(-1)
-        if bool((need > room).any()):
-            self.grow(cache.index, need)
-        cache.put(new)
-        cache.drop(seen, due)
+        for layers in self.groups():
+            index = [cache.index for cache in layers]
+            room = pages.share[index].flatten(0, 1) * PAGE
+            maker = Maker(layers)
+            new = renewed(layers, seen, due, room, maker.join if self.method.delta else maker.stream)
+            need = (new["pos"] >= 0).sum(-1)
+            if bool((need > room).any()):
+                self.grow(index, need.view(len(index), *pages.share.shape[1:]))
+            put(layers, new)
+            for cache in layers:
+                cache.drop(seen, due)
 
-    def grow(self, layer: int, need: Tensor) -> None:
-        """Make room for need (B, G) settled slots in a layer: heads that have too little get twice as much."""
+    def grow(self, layers: list[int], need: Tensor) -> None:
+        """Make room for need (len(layers), B, G) settled slots in these layers: heads that have too little get twice as much."""
         pages = self.pages[0]
         for cache in self:
-            cache.put(cache.settled())
+            put([cache], settled([cache]))
         old, share = [pages.read(i) for i in range(len(self))], pages.share.clone()
-        wanted = torch.maximum((need + PAGE - 1) // PAGE, 2 * share[layer])
-        share[layer] = torch.where(need > share[layer] * PAGE, wanted.to(share.dtype), share[layer])
+        wanted = torch.maximum((need + PAGE - 1) // PAGE, 2 * share[layers])
+        share[layers] = torch.where(need > share[layers] * PAGE, wanted.to(share.dtype), share[layers])
         pages.lay_out(share.cpu())
         for cache, slots in zip(self, old, strict=True):
             cache.list_pages()
-            cache.put(slots)
+            put([cache], slots)

@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from zoo.attention.budgeted import BudgetedCache
 from zoo.attention.clustering import gathered, k_center, row
 from zoo.attention.selecting import Selecting, SelectingCache
 from zoo.attention.store import Pages
+from zoo.attention.tail import BudgetedCache
 
 
 @dataclass(frozen=True)

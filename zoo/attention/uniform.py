@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from zoo import random
-from zoo.attention.budgeted import SINKS, BudgetedCache
+from zoo.attention.budgeted import SINKS
 from zoo.attention.selecting import Selecting, SelectingCache
 from zoo.attention.store import Pages
+from zoo.attention.tail import BudgetedCache
 
 
 @dataclass(frozen=True)
