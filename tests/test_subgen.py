@@ -305,6 +305,15 @@ def test_what_outlasts_the_prompt_says_the_same(lm: LM) -> None:
     assert len(AHEAD) == 16
 
 
+def test_a_short_turn_has_queries_of_its_own(lm: LM, ids: Tensor) -> None:
+    """Every 8th query counts from where a turn begins: one of three tokens is not judged by no query at all."""
+    cache = filled(lm, "subgen:budget=300,when=prompt", ids[:, :601])
+    cache.begin_prompt([3, 3])
+    assert [layer.queries.count.tolist() for layer in cache] == [[0, 0]] * len(cache)
+    lm.model(ids[:, 601:604], cache)
+    assert [layer.queries.count.tolist() for layer in cache] == [[1, 1]] * len(cache)
+
+
 # What the slots say
 
 

@@ -198,7 +198,8 @@ class Caches(nn.ModuleList):
     def nbytes(self) -> Bytes:
         """Measured: every storage behind a buffer once, metadata included."""
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in self.buffers() if t.numel()}
-        return Bytes(sum(c.used() for c in self) + self.tokens_seen.nbytes, sum(storages.values()))
+        own = sum(t.nbytes for t in self.buffers(recurse=False))
+        return Bytes(sum(c.used() for c in self) + own, sum(storages.values()))
 
     def clone(self) -> Caches:
         """An independent copy: several answers from one prompt."""

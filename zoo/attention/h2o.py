@@ -29,10 +29,6 @@ class H2O(Selecting):
     observes: ClassVar[int] = 1
     extra: ClassVar[dict[str, torch.dtype]] = {"mass": torch.float32}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check(1 <= self.block <= BLOCK, "block", f"between 1 and {BLOCK}")
-
     def recent(self, budget: int) -> int:
         return budget // 2 - (0 if self.when == "prompt" else self.block)  # pending tokens are recent ones, too
 

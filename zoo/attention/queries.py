@@ -96,6 +96,7 @@ class Queries(nn.Module):
     count: Tensor  # (B,): how many; -1 = this sequence's have been summarised, and it learns no more before the next prompt
     mean: Tensor
     factor: Tensor
+    start: Tensor  # (B,): where the prompt or turn began; every 8th query from there on counts, so that each has at least one
     OPEN: ClassVar[dict[str, int]] = {"sum": 1, "square": 1}
 
     def __init__(self, config: Any, rotary: Any, batch: int, dtype: torch.dtype, device: Any, lasting: bool) -> None:
@@ -105,6 +106,7 @@ class Queries(nn.Module):
         self.register_buffer("sum", torch.zeros(batch, 1, H, D, device=device))
         self.register_buffer("square", torch.zeros(batch, 1, H, D, D, device=device))
         self.register_buffer("count", torch.zeros(batch, device=device))
+        self.register_buffer("start", torch.zeros(batch, dtype=torch.int64, device=device))
         self.register_buffer("mean", torch.zeros(batch, H, D * lasting, dtype=dtype, device=device))
         self.register_buffer("factor", torch.zeros(batch, G, D * lasting, RANK, dtype=dtype, device=device))
 
@@ -114,7 +116,7 @@ class Queries(nn.Module):
 
     def learn(self, q: Tensor, pos: Tensor) -> None:
         """Add every 8th of the queries q (B, H, T, D) at pos (B, T) to the statistics."""
-        counts = (pos >= 0) & (pos % EVERY == 0) & (self.count >= 0)[:, None]
+        counts = (pos >= 0) & ((pos - self.start[:, None]) % EVERY == 0) & (self.count >= 0)[:, None]
         columns = counts.any(0).nonzero()[:, 0]
         if len(columns):
             counts = counts[:, columns]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from zoo.attention.budgeted import Budgeted
+from zoo.attention.cache import BLOCK
 from zoo.attention.slots import merge, paged_mass, paged_parts, slot_mass, slot_parts
 from zoo.attention.store import Pages
 from zoo.attention.tail import BudgetedCache, Make
@@ -26,6 +27,10 @@ class Selecting(Budgeted):
 
     sinks: ClassVar[int] = 0  # first tokens that always stay
     queries: ClassVar[int] = 0  # how many of the last queries are kept, to ask what they attend to
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check(1 <= self.block <= BLOCK, "block", f"between 1 and {BLOCK}")
 
     @abstractmethod
     def score(self, cache: SelectingCache, slots: dict[str, Tensor], seen: Tensor) -> Tensor:

@@ -246,4 +246,5 @@ class Pages(nn.Module):
     def used(self, layer: int) -> int:
         """Bytes of a layer's rows that hold something, all that is kept beside them included."""
         per_row = sum(max(size, 1) * dtype.itemsize for size, dtype in self.fields.values())
-        return per_row * sum(int((self.head("pos", layer, head) >= 0).sum()) for head in range(len(self.count[layer])))
+        held = sum(int((self.head("pos", layer, head) >= 0).sum()) for head in range(len(self.count[layer])))
+        return per_row * held + self.share[layer].nbytes

@@ -143,6 +143,7 @@ class SubGenCache(BudgetedCache):
         if self.method.when != "stream":
             self.queries.forget(False)
             self.queries.count.clamp_(min=0)
+            self.queries.start.copy_(seen)
         self.measure(self.method.measures)
 
     def end_prompt(self, seen: Tensor) -> None:
@@ -251,19 +252,22 @@ class SubGenCaches(BudgetedCaches):
         out = []
         step = torch.where(self.tokens_seen >= 1024, 4, 1)
         most = (torch.tensor(rows, device=step.device) * HIGH / step).long() + 1
-        for cache in self:
-            pos, old = cache.store.pos[:, 0].long(), cache.pages.read(cache.index)
-            keep = (pos >= SINKS) & (pos < (self.tokens_seen - cache.recent)[:, None]) & (pos % step[:, None] == 0) & which[:, None]
-            index = keep.any(0).nonzero()[:, 0]
-            settled = torch.arange(old["pos"].shape[2], device=pos.device) % step[:, None, None] == 0
-            k = torch.cat((old["k"], cache.store.k[:, :, index]), 2)
-            held = (old["pos"] >= 0) & settled & which[:, None, None]
-            alive = torch.cat((held, keep[:, None, index].expand(*k.shape[:2], -1)), 2)
-            middle = torch.cat((old["middle"].round().long(), pos[:, None, index].expand(*k.shape[:2], -1)), 2)
-            x = unrotated(cache, k, middle)
+        pos = self[0].store.pos[:, 0].long()  # tails of all layers hold the same tokens
+        keep = (pos >= SINKS) & (pos < (self.tokens_seen - self[0].recent)[:, None]) & (pos % step[:, None] == 0) & which[:, None]
+        index = keep.any(0).nonzero()[:, 0]
+        for layers in self.groups(len(index)):
+            A, old = len(layers), self.pages[0].read([cache.index for cache in layers])
+            settled = torch.arange(old["pos"].shape[2], device=pos.device) % step.repeat(A)[:, None, None] == 0
+            held = (old["pos"] >= 0) & settled & which.repeat(A)[:, None, None]
+            k = torch.cat((old["k"], torch.cat([cache.store.k[:, :, index] for cache in layers])), 2)
+            shape = (*k.shape[:2], len(index))
+            alive = torch.cat((held, keep[:, index].repeat(A, 1)[:, None].expand(shape)), 2)
+            middle = torch.cat((old["middle"].round().long(), pos[:, index].repeat(A, 1)[:, None].expand(shape)), 2)
+            x = unrotated(layers[0], k, middle)
             x = x @ principal(x, alive, min(FEATURES, x.shape[3]))
-            counts, found = radii(x, alive, most[:, None].expand(k.shape[:2]))
-            out.append((counts * step[:, None, None], found))
+            counts, found = radii(x, alive, most.repeat(A)[:, None].expand(k.shape[:2]))
+            counts = counts * step.repeat(A)[:, None, None]
+            out += [(c, f) for c, f in zip(counts.unflatten(0, (A, -1)), found.unflatten(0, (A, -1)), strict=True)]
         K = max(c.shape[-1] for c, _ in out)
         stretch = lambda t: torch.cat((t, t[..., -1:].expand(*t.shape[:-1], K - t.shape[-1])), -1)  # noqa: E731
         return torch.stack([stretch(c) for c, _ in out]), torch.stack([stretch(r) for _, r in out])
@@ -280,10 +284,12 @@ class SubGenCaches(BudgetedCaches):
             share[cache.index] = torch.where(which[:, None], ((rows + PAGE - 1) // PAGE).to(share.dtype), share[cache.index])
         return share
 
-    def groups(self) -> Iterator[Sequence[SubGenCache]]:
-        pos = self[0].store.pos
-        waiting = int((pos >= 0).sum(-1).max())
-        most = max(1, AT_ONCE // (self.batch * self.pages[0].share.shape[2] * (waiting + PAGE * max(max(c) for c in self.pages[0].count))))
+    def groups(self, waiting: int | None = None) -> Iterator[Sequence[SubGenCache]]:
+        """Layers that are worked on at once, if so many rows of each tail are (None: all that hold something)."""
+        pages = self.pages[0]
+        rows = int((self[0].store.pos >= 0).sum(-1).max()) if waiting is None else waiting
+        rows += PAGE * max(max(count) for count in pages.count)
+        most = max(1, AT_ONCE // (self.batch * pages.share.shape[2] * max(rows, 1)))
         layers = list(self)
         return (layers[i : i + most] for i in range(0, len(layers), most))
 

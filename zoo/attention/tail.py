@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 GROWING = 2**40  # rows of a ring that never wraps
 MASSES = ("mass", "spikes")  # what a method may have added up beside tokens and slots
+QUERIES = 512  # answered at a time: some methods need their scores as a matrix
 Make = Callable[[dict[str, Tensor], Tensor, Tensor, Tensor], dict[str, Tensor]]
 
 
@@ -80,6 +81,11 @@ class BudgetedCache(Cache):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
         self.store.append(self.row(pos), k, v, pos)
+        pieces = zip(q.split(QUERIES, 2), pos.split(QUERIES, 1), strict=True)
+        return self.answer(q, pos) if q.shape[2] <= QUERIES else torch.cat([self.answer(*piece) for piece in pieces], 2)
+
+    def answer(self, q: Tensor, pos: Tensor) -> Tensor:
+        """The output for queries whose keys have been written."""
         tail = self.store.read(self.window)
         fused = not torch.compiler.is_compiling() and q.device.type == "cpu" and self.backend != "eager"
         some = torch.compiler.is_compiling() or any(self.pages.count[self.index])  # a compiled step always asks for both

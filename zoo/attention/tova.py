@@ -26,9 +26,5 @@ class Tova(Selecting):
     queries: ClassVar[int] = 1
     extra: ClassVar[dict[str, torch.dtype]] = {"mass": torch.float32}
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check(1 <= self.block <= BLOCK, "block", f"between 1 and {BLOCK}")
-
     def score(self, cache: SelectingCache, slots: dict[str, Tensor], seen: Tensor) -> Tensor:
         return slots["mass"].mean(1, keepdim=True).expand(slots["mass"].shape)
