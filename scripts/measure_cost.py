@@ -4,8 +4,7 @@
     python scripts/measure_cost.py --text FILE --tokens 2048 --compile on --rounds 1
 
 Medians. `read`: the prompt's tokens through the model, seconds. `end`: compressing at its end, seconds, and its share of the first
-method's read.
-`step`: milliseconds a decoded token, absorbing included.
+method's read. `step`: milliseconds a decoded token of the text, absorbing included.
 """
 
 from __future__ import annotations
@@ -37,7 +36,11 @@ def main() -> None:
     args = p.parse_args()
     torch.set_num_threads(args.threads)
     lm = zoo.load(args.model, dtype="bfloat16", compile=args.compile)
-    ids = lm.tokenizer.encode(Path(args.text).read_text())[: args.tokens]
+    turns = 3
+    ids = lm.tokenizer.encode(Path(args.text).read_text())[: args.tokens + turns * args.steps + 1]
+    ids, after = ids[: args.tokens], ids[args.tokens :]
+    if len(after) <= turns * args.steps:
+        p.error(f"the text has fewer than {args.tokens} tokens and {turns} times {args.steps} more")
     times: dict[str, dict[str, list[float]]] = {attn: {"read": [], "end": [], "step": []} for attn in args.attn}
     caches: dict[str, Any] = {}
     for _ in range(args.rounds):
@@ -50,12 +53,13 @@ def main() -> None:
             caches[attn].end_prompt()
             times[attn]["read"].append(middle - start)
             times[attn]["end"].append(time.perf_counter() - middle)
-            lm.decode_step(ids[-1:], caches[attn])  # compiles
-        for _ in range(3):
+            lm.decode_step(after[:1], caches[attn])  # compiles
+        for turn in range(turns):
             for attn in args.attn:
                 start = time.perf_counter()
-                for _ in range(args.steps):
-                    lm.decode_step(ids[-1:], caches[attn])
+                for t in range(args.steps):
+                    i = 1 + turn * args.steps + t
+                    lm.decode_step(after[i : i + 1], caches[attn])
                 times[attn]["step"].append((time.perf_counter() - start) / args.steps * 1e3)
     base = {name: statistics.median(values) for name, values in times[args.attn[0]].items()}
     for attn, t in times.items():

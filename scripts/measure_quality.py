@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import json
 import random
+import re
 import statistics
 import sys
 import time
@@ -165,6 +166,16 @@ def run_kl(lm: Any, args: argparse.Namespace) -> None:
                      nbytes=one.nbytes().used)  # fmt: skip
 
 
+@torch.no_grad()
+def reply(lm: Any, cache: Any, ids: list[int], tokens: int = 10) -> str:
+    """What is said after ids, greedily."""
+    said: list[int] = []
+    for _ in range(tokens):
+        logits = lm.model(torch.tensor([said[-1:] or ids]), cache)[0, -1]
+        said.append(int(logits.argmax()))
+    return str(lm.tokenizer.decode(said))
+
+
 def run_passkey(lm: Any, args: argparse.Namespace) -> None:
     ids = lm.tokenizer.encode(args.text)
     for seed in range(args.seeds):
@@ -181,11 +192,12 @@ def run_passkey(lm: Any, args: argparse.Namespace) -> None:
             full = spelling == "full"
             for share, one, _ in variants(lm, source, "sinks" if full else spelling, [200.0] if full else args.shares, "prompt"):
                 held = size(one, len(prompt))
+                said = reply(lm, one.clone(), question)
+                number = re.search(r"\d+", said)
                 got = follow(lm, one, question + answer)[-len(answer) - 1 : -1]
-                right = got.argmax(-1).tolist() == answer
                 logprob = float(got.gather(1, torch.tensor(answer)[:, None]).sum())
-                emit(args, task="passkey", seed=seed, tokens=len(prompt), attn=spelling, share=share, size=round(held, 4), right=right,
-                     logprob=logprob)  # fmt: skip
+                emit(args, task="passkey", seed=seed, tokens=len(prompt), attn=spelling, share=share, size=round(held, 4),
+                     right=number is not None and int(number[0]) == key, said=said, logprob=logprob)  # fmt: skip
 
 
 def emit(args: argparse.Namespace, **row: Any) -> None:

@@ -172,14 +172,15 @@ def ward(x: Tensor, weight: Tensor, alive: Tensor, surplus: Tensor) -> Tensor:
     cost grows with the lighter weight, so a cheap pair has a light member. Pairs merge that are cheaper than any other that touches them,
     at most half of what must go, so that what has merged is looked at anew.
     """
-    shape, N = alive.shape, x.shape[2]
-    x, weight, alive, surplus = x.flatten(0, 1).clone(), (weight * alive).flatten(0, 1), alive.flatten(0, 1).clone(), surplus.flatten()
-    labels = torch.arange(N, device=x.device).repeat(len(x), 1)
-    heads = torch.arange(len(x), device=x.device)
+    shape, N = alive.shape, max(1, int(alive.sum(-1).max()))
+    order = (~alive).to(torch.uint8).argsort(dim=-1, stable=True)[..., :N]  # those that may merge, in front
+    x, weight, alive = row(x, order).flatten(0, 1), (weight * alive).gather(2, order).flatten(0, 1), alive.gather(2, order).flatten(0, 1)
+    labels, heads, surplus = torch.arange(N, device=x.device).repeat(len(x), 1), torch.arange(len(x), device=x.device), surplus.flatten()
+    places = torch.arange(shape[2], device=x.device).expand(shape)
     while True:
         some = (surplus > 0).nonzero()[:, 0]
         if not len(some):
-            return labels.view(shape)
+            return places.scatter(2, order, order.gather(2, labels.view(order.shape)))
         if len(some) < len(heads):  # the others are done
             heads, x, weight, alive, surplus = heads[some], x[some], weight[some], alive[some], surplus[some]
         wide = 3 + surplus * 3 // 2
@@ -187,8 +188,8 @@ def ward(x: Tensor, weight: Tensor, alive: Tensor, surplus: Tensor) -> Tensor:
         cost, partner = cheapest(x, weight, alive, light)
         rank = torch.arange(light.shape[1], device=x.device).expand(light.shape)
         cost = torch.where(rank < wide[:, None], cost, torch.inf)  # each head its own
-        order = cost.argsort(dim=-1, stable=True)
-        rank = torch.empty_like(order).scatter_(1, order, rank)
+        by_cost = cost.argsort(dim=-1, stable=True)
+        rank = torch.empty_like(by_cost).scatter_(1, by_cost, rank)
         best = (
             torch.full_like(alive, N, dtype=torch.int64).scatter_reduce_(1, light, rank, "amin").scatter_reduce_(1, partner, rank, "amin")
         )
@@ -198,7 +199,7 @@ def ward(x: Tensor, weight: Tensor, alive: Tensor, surplus: Tensor) -> Tensor:
         several = equal.any(-1, keepdim=True)
         good = torch.where(several, equal, good)
         most = torch.where(several[:, 0], surplus, (surplus + 1) // 2)
-        good &= good.gather(1, order).cumsum(-1).gather(1, rank) <= most[:, None]
+        good &= good.gather(1, by_cost).cumsum(-1).gather(1, rank) <= most[:, None]
         n = good.sum(-1)
         low, high = torch.minimum(light, partner), torch.maximum(light, partner)
         target = torch.arange(N, device=x.device).repeat(len(x), 1)
