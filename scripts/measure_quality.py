@@ -7,10 +7,10 @@
 
 `kl` (protocol prefill): exact attention over a prompt, compressed once at its end, the next 256 true tokens fed exactly and kept, mean
 KL(full || method) over them, in nats. `stream`: the prompt, then 768 true tokens fed with the cache never above its budget; mean KL
-over the
-768. `prompt-stream`: never above it inside the prompt either. `passkey`: a number in prose, the question unseen while compressing. A
-row says
-the slots that were left at the prompt's end over the prompt's tokens. Passages follow one another through the text.
+over the 768. `prompt-stream`: never above it inside the prompt either. `passkey`: a number in prose, the question unseen while
+compressing, right if the first integer of ten greedy tokens is the number. `right`: the question ends in the blank before the number,
+which is a token of its own in some tokenizers; `free`: it ends before, and a small model may go on with something else. A row says the
+slots that were left at the prompt's end over the prompt's tokens. Passages follow one another through the text.
 """
 
 from __future__ import annotations
@@ -176,6 +176,11 @@ def reply(lm: Any, cache: Any, ids: list[int], tokens: int = 10) -> str:
     return str(lm.tokenizer.decode(said))
 
 
+def first_integer(text: str) -> int | None:
+    found = re.search(r"\d+", text)
+    return int(found[0]) if found else None
+
+
 def run_passkey(lm: Any, args: argparse.Namespace) -> None:
     ids = lm.tokenizer.encode(args.text)
     for seed in range(args.seeds):
@@ -187,17 +192,18 @@ def run_passkey(lm: Any, args: argparse.Namespace) -> None:
         prompt = lm.tokenizer.encode(INTRO) + ids[start : start + cut] + needle + ids[start + cut : start + n]
         question = lm.tokenizer.encode("\nWhat is the pass key? The pass key is")
         answer = lm.tokenizer.encode(f" {key}")
+        blank = int(lm.tokenizer.decode(answer[:1]).isspace())
         source = record(lm, prompt)
         for spelling in ["full", *args.attn]:
             full = spelling == "full"
             for share, one, _ in variants(lm, source, "sinks" if full else spelling, [200.0] if full else args.shares, "prompt"):
                 held = size(one, len(prompt))
-                said = reply(lm, one.clone(), question)
-                number = re.search(r"\d+", said)
+                said, free = reply(lm, one.clone(), question + answer[:blank]), reply(lm, one.clone(), question)
                 got = follow(lm, one, question + answer)[-len(answer) - 1 : -1]
                 logprob = float(got.gather(1, torch.tensor(answer)[:, None]).sum())
                 emit(args, task="passkey", seed=seed, tokens=len(prompt), attn=spelling, share=share, size=round(held, 4),
-                     right=number is not None and int(number[0]) == key, said=said, logprob=logprob)  # fmt: skip
+                     right=first_integer(said) == key, free=first_integer(free) == key, said=said, said_free=free,
+                     logprob=logprob)  # fmt: skip
 
 
 def emit(args: argparse.Namespace, **row: Any) -> None:
@@ -233,7 +239,8 @@ def report(path: str) -> None:
                 if task == "passkey":
                     right = sum(r["right"] for r in these)
                     logprob = statistics.fmean(r["logprob"] for r in these)
-                    print(f"  {attn:28} {right:3}/{len(these)}  log-probability {logprob:7.2f}  size {held:.4f}")
+                    free = sum(r["free"] for r in these)
+                    print(f"  {attn:28} {right:3}/{len(these)}  free {free:3}  log-probability {logprob:7.2f}  size {held:.4f}")
                     continue
                 values = [r["kl"] for r in these]
                 low, high = interval(values)
