@@ -1,9 +1,8 @@
 """python -m zoo.calibrate METHOD MODEL --text FILE: tables that a method can use in place of measuring each prompt.
 
 `subgen`: each head's share of the budget, from one global delta, averaged over passages of the text; `--attn subgen:heads=table` then
-uses it
-with this model. A table is a small JSON file in zoo's cache folder. Also printed: the delta at that budget, and the median distance between
-un-rotated keys, in whose terms `subgen:delta=...` is chosen.
+uses it with this model. A table is a small JSON file in zoo's cache folder. Also printed: the delta at that budget, and the median distance
+between un-rotated keys, in whose terms `subgen:delta=...` is chosen.
 """
 
 from __future__ import annotations

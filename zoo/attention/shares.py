@@ -9,9 +9,8 @@ LOW, HIGH = 0.3, 2.5  # what a head may own, of the average
 
 
 def one_delta(counts: Tensor, found: Tensor, rows: float) -> tuple[Tensor, float]:
-    """counts, found (heads, K) as `radii` gives them, and the slots that a head owns on average -> slots (heads,) float64, and delta.
-    A head
-    owns as many as it needs centres to have no point farther than delta from one, but LOW to HIGH times the average."""
+    """counts, found (heads, K) as `radii` gives them, and the slots that a head owns on average -> slots (heads,) float64, and delta. A
+    head owns as many as it needs centres to have no point farther than delta from one, but LOW to HIGH times the average."""
 
     def needed(delta: float) -> Tensor:
         above = (found > delta).sum(-1)

@@ -162,8 +162,8 @@ def finish(parts: Parts, dtype: torch.dtype) -> Tensor:
 
 def slot_mass(q: Tensor, q_pos: Tensor, slots: Slots, whole: Parts, queries: Tensor | None = None, power: int = 1) -> Tensor:
     """The probability (by denominator weight) that each of `slots` received out of `whole`, its own part or one it was merged into,
-    raised to
-    `power` and summed over queries and over the group's query heads: (B, G, S) float32. `queries` (B, T): how much each query counts."""
+    raised to `power` and summed over queries and over the group's query heads: (B, G, S) float32. `queries` (B, T): how much each query
+    counts."""
     score, logweight = slot_scores(q, q_pos, slots), slots.a if slots.b is None else slots.b
     score = score if logweight is None else score + logweight[:, :, None, None]
     prob = (power * (score - finite(whole.max_den)[..., None])).exp() * per_query(whole, queries, power)[..., None]
@@ -178,9 +178,8 @@ def paged_mass(q: Tensor, q_pos: Tensor, slots: PagedSlots, whole: Parts, querie
 
 
 def chunk_mass(q: Tensor, q_pos: Tensor, slots: Slots, whole: Parts, powers: Sequence[int] = (1,)) -> list[Tensor]:
-    """`slot_mass` of a long chunk over slots without log-weights, for powers 1 or 1 and 2: matrix products in the model's own dtype,
-    and only
-    the columns that some query may not see are masked. In bfloat16 a sum is right to about a percent."""
+    """`slot_mass` of a long chunk over slots without log-weights, for powers 1 or 1 and 2: matrix products in the model's own dtype, and
+    only the columns that some query may not see are masked. In bfloat16 a sum is right to about a percent."""
     (B, _, T, D), (G, S) = q.shape, slots.k.shape[1:3]
     lse = (whole.max_den + whole.den.log()).where(whole.den > 0, torch.inf)
     high = lse.clamp(max=1e4).to(q.dtype)

@@ -1,11 +1,10 @@
-"""`subgen_kcenter`: what SubGen's experiments ran: greedy k-center on the keys, once, after the prompt, and a recent window (arXiv
-2402.06082).
+"""`subgen_kcenter`: what SubGen's experiments ran (arXiv 2402.06082): greedy k-center on the keys, once, after the prompt, and a recent
+window.
 
     centres: the first old key, then again and again the key farthest from all centres so far (as cached, after the rotary embedding)
     kept: each centre's own key and value, and the recent tokens (half of the budget)
-A slot is one token, a = b = 0; with weight=true a centre stands for the n tokens nearest to it: a = b = log n. Whether the paper did
-that is
-not known. exact when: budget >= tokens. cost: `budget` slots read a step; the choice is one pass over all keys for each centre.
+A slot is one token, a = b = 0; with weight=true a centre stands for the n tokens nearest to it: a = b = log n. Whether the paper did that
+is not known. exact when: budget >= tokens. cost: `budget` slots read a step; the choice is one pass over all keys for each centre.
 Measured, it is no better than keeping tokens at random (docs/methods/subgen.md).
 """
 

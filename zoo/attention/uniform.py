@@ -3,7 +3,7 @@
 
     out(q) = softmax over [4 first tokens; m sampled tokens; recent tokens] of (s q.k + a)      a = log(N / m) for m samples of N tokens
 Without replacement: the m tokens whose random number, a function of (seed, layer, head, position), is largest. So the sample of a longer
-sequence is drawn from the sample of a shorter one, and streaming gives what one draw at the end would.
+sequence is drawn from the sample of a shorter one, and streaming gives what one draw at the end would (while the budget does not grow).
 (In a model with a window of its own, a sample that streams past it has up to a sixth more of the newer tokens: what expires makes room.)
 exact when: budget >= tokens. cost: `budget` slots read a step; needs no attention mass and no look at the keys.
 """
