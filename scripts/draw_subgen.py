@@ -47,6 +47,8 @@ from zoo.attention.clustering import coverage
 from zoo.attention.slots import Parts, Slots, finish, slot_parts
 from zoo.attention.subgen import SubGenCache
 from zoo.attention.subgen_paper import SubGenPaper
+from zoo.attention.subgen_slots import Maker
+from zoo.attention.tail import Make
 
 FRACTIONS = (0.6, 0.8)  # of the median distance
 PARTS = ("clusters", "growth", "estimator")
@@ -219,12 +221,19 @@ def growth(lm: Any, run: Run, plan: Plan) -> dict[str, Any]:
 # What `subgen` clusters
 
 
-class WatchedCache(SubGenCache):
+class WatchedMaker(Maker):
     """Remembers which slot each token went to."""
 
     def merged(self, slots: dict[str, Tensor], label: Tensor, *rest: Any) -> dict[str, Tensor]:
-        self.label, self.at = label, slots["pos"].long()
+        for layer, labels, pos in zip(self.layers, label.chunk(len(self.layers)), slots["pos"].long().chunk(len(self.layers)), strict=True):
+            layer.label, layer.at = labels, pos
         return super().merged(slots, label, *rest)
+
+
+class WatchedCache(SubGenCache):
+    @classmethod
+    def maker(cls, layers: Sequence[SubGenCache]) -> Make:
+        return WatchedMaker(layers).compress
 
 
 @dataclass(frozen=True)
