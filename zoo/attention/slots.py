@@ -14,6 +14,7 @@ PyTorch's fused kernel. A sum over slots can be taken in parts: each part is car
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -185,23 +186,30 @@ def chunk_mass(q: Tensor, q_pos: Tensor, slots: Slots, whole: Parts, powers: Seq
     high = lse.clamp(max=1e4).to(q.dtype)
     rest = (lse.clamp(max=1e4) - high.to(lse.dtype)).to(q.dtype)  # two columns say -lse better than one
     left = torch.cat((q.view(B, G, -1, T, D) * D**-0.5, -high[..., None], -rest[..., None]), -1).flatten(2, 3)
-    prob = left @ torch.cat((slots.k, slots.k.new_ones(B, G, S, 2)), -1).mT  # (B, G, R T, S): logarithms, for now
+    right = torch.cat((slots.k, slots.k.new_ones(B, G, S, 2)), -1)
     held = (slots.pos >= 0).any(1)  # (B, S)
     low = q_pos.where(q_pos >= 0, 2**40).amin(1)[:, None, None]
     hidden = slots.pos > low
     if slots.window is not None:
         hidden |= slots.pos <= q_pos.amax(1)[:, None, None] - slots.window
     columns = (hidden & (slots.pos >= 0)).flatten(0, 1).any(0).nonzero()
-    if len(columns):
-        first = int(columns[0])
-        some = Slots(slots.k, slots.v, slots.pos[:, :, first:], window=slots.window)
-        prob.unflatten(2, (-1, T))[..., first:].masked_fill_(~visible(q_pos, some)[:, :, None], -torch.inf)
-    weight = (q_pos >= 0).to(q.dtype)[:, None, None].expand(B, G, prob.shape[2] // T, T).reshape(B, G, 1, -1)
-    prob.exp_()
-    sums = [weight @ prob]
-    if len(powers) > 1:
-        sums.append(weight @ prob.square_())
-    return [x[:, :, 0].to(torch.float32).where(held[:, None], 0) for x in sums]
+    first = int(columns[0]) if len(columns) else S
+    unseen = ~visible(q_pos, Slots(slots.k, slots.v, slots.pos[:, :, first:], window=slots.window))
+    weight = (q_pos >= 0).to(q.dtype)[:, None].expand(B, left.shape[2] // T, T).reshape(B, -1)
+    sums = [q.new_empty(B, G, S) for _ in powers]
+    # A head and 256 slots at a time, so that their probabilities stay in a core's cache.
+    for b, g, start in itertools.product(range(B), range(G), range(0, S, 256)):
+        block = slice(start, start + 256)
+        prob = left[b, g] @ right[b, g, block].mT  # (R T, 256): logarithms, for now
+        if (end := start + prob.shape[1]) > first:
+            begin = max(start, first)
+            prob.unflatten(0, (-1, T))[..., begin - start :].masked_fill_(
+                unseen[b, g % unseen.shape[1], :, begin - first : end - first], -torch.inf
+            )
+        prob.exp_()
+        for i, total in enumerate(sums):
+            torch.mv((prob.square_() if i else prob).mT, weight[b], out=total[b, g, block])
+    return [x.to(torch.float32).where(held[:, None], 0) for x in sums]
 
 
 def per_query(whole: Parts, queries: Tensor | None, power: int) -> Tensor:
