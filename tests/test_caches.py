@@ -52,8 +52,8 @@ TOKENS = ["sinks", "uniform", "h2o", "h2o:age=true,block=16", "snapkv", "tova", 
 UNBOUNDED = ["full", "sliding:window=50", "sliding:window=64", "sliding:window=5000"]
 CLOSE = 1e-4  # logits are of size 10
 FAMILIES = {
-    "llama": ("llama", {"num_key_value_heads": 2, "head_dim": 16}),
-    "windowed": ("mistral", {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 300}),
+    "llama": ("llama", {"num_key_value_heads": 2, "head_dim": 32}),  # more than the 16 coordinates that subgen keeps of a key
+    "windowed": ("mistral", {"num_key_value_heads": 2, "head_dim": 32, "sliding_window": 300}),
     "mistral": ("mistral", {"num_key_value_heads": 1, "head_dim": 16, "sliding_window": None}),
     "gpt_neox": ("gpt_neox", {"hidden_size": 64}),
 }
@@ -178,6 +178,23 @@ def test_chunks_change_nothing_in_other_families(lms: dict[str, LM], ids: Tensor
     assert (expected[:, prompt:] - lm.logits(ids[:1, :end])[:, prompt:]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("period", [10, 12, 20])
+@pytest.mark.parametrize("attn", ["subgen:budget=200,when=prompt", "subgen:budget=200,when=stream", "subgen_kcenter:budget=200", DELTA[1]])
+def test_repeated_text_changes_nothing(lm: LM, attn: str, period: int) -> None:
+    """Where a text repeats itself keys are equal, and rounding must not choose among them: in chunks, in one pass, in a batch."""
+    ids = torch.arange(640)[None] % period
+    whole = new(lm, attn)
+    expected = feed(lm, whole, ids[:, :360], 300, 1000)
+    for chunk in (1, 7):
+        parts = new(lm, attn)
+        assert (feed(lm, parts, ids[:, :360], 300, chunk) - expected).abs().max() < CLOSE
+    together = new(lm, attn, 2)
+    lm.prefill(ids.expand(2, 640), together, [640, 300])
+    for t in range(300, 360):
+        step = lm.decode_step(ids[0, t].expand(2), together)
+    assert (step[1] - expected[0, -1]).abs().max() < CLOSE
+
+
 # Exactness
 
 
@@ -204,6 +221,24 @@ def test_exactness_has_an_edge(lm: LM, ids: Tensor, attn: str, when: str) -> Non
     assert (got - true)[:, n + 1].abs().max() > 1e-3
     more = feed(lm, new(lm, spell(attn, budget=n + 2, when=when)), ids[:1, : n + 2], n + 1, 64)
     assert (more - true).abs().max() < CLOSE
+
+
+@pytest.mark.parametrize("window", [20, 64, 300])
+@pytest.mark.parametrize(
+    "attn", ["subgen:delta=6", "subgen:delta=6,when=stream", "subgen:budget=160,scores=expected", "subgen:budget=160,heads=uniform"]
+)
+def test_a_model_window_of_any_size(lm: LM, ids: Tensor, attn: str, window: int) -> None:
+    """Where a model's own window is shorter than what stays recent, everything that could settle has expired: nothing fails, and what the
+    window shows is exact."""
+    cache = new(lm, attn)
+    for layer in cache:
+        layer.window = window
+    feed(lm, cache, ids[:1, :500], 331, 64)
+    exact = new(lm, f"sliding:window={window}")
+    feed(lm, exact, ids[:1, :500], 331, 64)
+    if window <= 160 // 8:
+        got, true = lm.decode_step(ids[0, 500], cache), lm.decode_step(ids[0, 500], exact)
+        assert (got - true).abs().max() < CLOSE
 
 
 @pytest.mark.parametrize("attn", BUDGETED)
@@ -284,7 +319,7 @@ def test_a_short_sequence_beside_a_long_one(lm: LM, ids: Tensor, when: str) -> N
     lm.prefill(ids[:2, :700], cache, [700, 20])
     for t in range(10):
         lm.decode_step(ids[:2, 20 + t], cache)
-    assert cache[0].store.k.untyped_storage().nbytes() <= 2 * 2 * (160 + 2) * 16 * 4
+    assert cache[0].store.k.untyped_storage().nbytes() <= 2 * 2 * (160 + 2) * lm.config.head_dim * 4
     assert cache.pages[0].share.sum((0, 2)).tolist()[1] == 0  # type: ignore[attr-defined]
 
 
@@ -463,6 +498,24 @@ def most_bytes(lm: LM, method: Attention) -> int:
     return layers * (max(exact, bounded) + beside + 3 * 8) + empty + 3 * 8
 
 
+@pytest.mark.parametrize("attn", ["subgen", "subgen:scores=expected", "subgen:heads=uniform"])
+@pytest.mark.parametrize("budget", [128, 160, 200, 256, 510])
+def test_features_are_paid_for(lm: LM, ids: Tensor, attn: str, budget: int) -> None:
+    """Keys, values, coordinates, their directions and what is kept of queries: no more numbers than the budget's keys and values have. The
+    least page may exceed the least budget by two slots a head."""
+    cache = new(lm, spell(attn, budget=budget))
+    feed(lm, cache, ids[:1], 700, 100)
+    c, numbers = lm.config, 0
+    for layer in cache:
+        numbers += layer.basis.numel() + layer.queries.mean.numel() + layer.queries.factor.numel()  # type: ignore[attr-defined]
+        numbers += 2 * c.num_key_value_heads * c.head_dim * int(layer.ring)  # type: ignore[attr-defined]
+    pages = cache.pages[0]  # type: ignore[attr-defined]
+    numbers += int(pages.share.sum()) * PAGE * (2 * c.head_dim + pages.x.shape[-1])
+    paid = budget * 2 * c.head_dim * c.num_key_value_heads * c.num_hidden_layers
+    assert numbers <= paid + (4 * c.head_dim * c.num_key_value_heads * c.num_hidden_layers if budget == 128 else 0)
+    assert numbers > 0.8 * paid
+
+
 @pytest.mark.parametrize(
     "attn", ["sliding:window=100", *(attn for attn in BINDING if not any(x in attn for x in ("age", "cache", "weight", "table", "delta")))]
 )
@@ -568,14 +621,27 @@ def test_maintain_and_end_prompt_are_idempotent(lm: LM, ids: Tensor, attn: str) 
         same_state(before, cache)
 
 
+@pytest.mark.parametrize("attn", [attn for attn in FIXED + DELTA if attn not in BINDING])
+def test_a_turn_may_end_that_nobody_began(lm: LM, ids: Tensor, attn: str) -> None:
+    """Tokens that came without `begin_prompt` are compressed by `end_prompt`, too."""
+    cache = new(lm, attn)
+    feed(lm, cache, ids[:1, :500], 331, 64)
+    before = owned(cache)
+    cache.end_prompt()
+    assert owned(cache) <= before
+    if attn in FIXED:
+        assert owned(cache) <= 160 + 1
+    assert lm.decode_step(ids[0, 500], cache).isfinite().all()
+
+
 @pytest.mark.parametrize("attn", GRID)
 def test_slots_is_a_copy_that_answers_like_the_cache(lm: LM, ids: Tensor, attn: str) -> None:
     """What `slots()` shows, put through the formula, is what `attend` computes; changing it changes nothing."""
     cache = new(lm, attn)
     feed(lm, cache, ids[:1, :400], 231, 64)
     cache.reserve(torch.tensor([[400]]))
-    layer, q = cache[1], torch.randn(1, 4, 1, 16, generator=torch.Generator().manual_seed(3))
-    k = v = torch.randn(1, 2, 1, 16, generator=torch.Generator().manual_seed(4))
+    layer, q = cache[1], torch.randn(1, 4, 1, 32, generator=torch.Generator().manual_seed(3))
+    k = v = torch.randn(1, 2, 1, 32, generator=torch.Generator().manual_seed(4))
     pos = torch.tensor([[400]])
     out = layer.attend(q, k, v, pos)
     s = layer.slots()
@@ -607,7 +673,7 @@ def test_low_precision(lms: dict[str, LM], ids: Tensor, attn: str, dtype: torch.
     cache.begin_prompt([231])
     for t in range(0, 300, 100):
         for _, pos in cache.split(ids[:1, t : t + 100]):
-            q, k, v = (torch.randn(1, n, pos.shape[1], 16, generator=g).to(dtype) for n in (4, 2, 2))
+            q, k, v = (torch.randn(1, n, pos.shape[1], 32, generator=g).to(dtype) for n in (4, 2, 2))
             for layer in cache:
                 out = layer.attend(q, k, v, pos)
                 assert out.dtype == dtype

@@ -64,18 +64,20 @@ def test_2000_tokens_compile_once(folder: Path, attn: str, one_graph: None) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attn", ["full", "sliding:window=50", "subgen:budget=300"])
+@pytest.mark.parametrize(
+    "attn", ["full", "sliding:window=50", "subgen:budget=300", "subgen:delta=3", "h2o:budget=300", "snapkv:budget=300,when=decode"]
+)
 def test_compiled_equals_eager(folder: Path, attn: str) -> None:
-    """The same logits for 150 steps from a prompt of 330 tokens, each step fed the same token. In float64, where seven layers of large
-    random weights do not blow rounding up to 1e-4; the logits themselves are float32."""
+    """The same logits for 150 steps of two sequences from prompts of 330 and 290 tokens, each step fed the same tokens. In float64, where
+    seven layers of large random weights do not blow rounding up to 1e-4; the logits themselves are float32."""
     lm = zoo.load(str(folder), compile="on")
     lm.model.double()
     lm.attn = parse(attn)
     g = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, lm.config.vocab_size, (1, 480), generator=g)
-    caches = [lm.new_cache(), lm.new_cache()]
+    ids = torch.randint(0, lm.config.vocab_size, (2, 480), generator=g)
+    caches = [lm.new_cache(2), lm.new_cache(2)]
     for cache in caches:
-        lm.prefill(ids[:, :330], cache)
+        lm.prefill(ids[:, :330], cache, [330, 290])
     mode, ran = lm.step.mode, dict(lm.step.ran)
     for t in range(330, 480):
         lm.step.mode = "on"

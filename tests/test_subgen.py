@@ -20,8 +20,8 @@ import zoo
 from zoo import calibrate, cli
 from zoo.attention import parse, subgen
 from zoo.attention.budgeted import SINKS
-from zoo.attention.clustering import coverage, gathered, k_center, radii, rounded, ward
-from zoo.attention.queries import AHEAD, Queries, Statistics
+from zoo.attention.clustering import cover, coverage, gathered, k_center, radii, rounded, ward
+from zoo.attention.queries import AHEAD, MEMORY, Queries, Statistics
 from zoo.attention.shares import HIGH, LOW, fill, one_delta
 from zoo.attention.slots import PAGE
 from zoo.attention.subgen import SubGen
@@ -227,26 +227,35 @@ def test_equal_clusters_merge_at_once() -> None:
     assert len(into[:100].unique()) == 40
 
 
-def test_several_layers_at_once_are_as_each_alone(lm: LM, ids: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers worked on together, and one by one, end with the same slots."""
-    both = []
+@pytest.mark.parametrize(
+    "attn", ["subgen:budget=300,when=stream", "subgen:budget=300", "subgen:delta=4", "subgen:budget=300,scores=expected"]
+)
+def test_several_layers_at_once_are_as_each_alone(lm: LM, ids: Tensor, monkeypatch: pytest.MonkeyPatch, attn: str) -> None:
+    """Layers worked on together, and one by one, end with the same slots; sequences of different lengths."""
+    both, lm.attn = [], parse(attn)
     for at_once in (2**30, 1):
         monkeypatch.setattr(subgen, "AT_ONCE", at_once)
-        both.append(filled(lm, "subgen:budget=300,when=stream", ids, 100))
-    assert all(len(group) == 1 for group in both[1].groups())
+        cache = lm.new_cache(2)
+        lm.prefill(ids[:2, :900], cache, [900, 700])
+        for t in range(900, 1100):
+            lm.decode_step(ids[:2, t], cache)
+        assert [len(group) for group in cache.groups()] == ([3] if at_once > 1 else [1, 1, 1])
+        both.append(cache)
     for one, other in zip(*both, strict=True):
-        for name in ("k", "v", "pos", "a", "weight", "middle"):
-            assert torch.allclose(getattr(one.slots(), name), getattr(other.slots(), name), atol=1e-5)
+        x, y = one.slots(), other.slots()
+        assert torch.equal(x.pos, y.pos)
+        for name in ("k", "v", "a", "weight", "middle"):
+            assert torch.allclose(getattr(x, name)[x.pos >= 0], getattr(y, name)[x.pos >= 0], atol=1e-4)
 
 
 def test_a_mean_in_bfloat16_follows() -> None:
     """A cluster that takes in one token after the other ends at their mean, though each step is smaller than bfloat16 can show."""
-    mean, exact, head = torch.zeros(1, 64, dtype=torch.bfloat16), 0.0, torch.zeros(1, dtype=torch.int64)
+    mean, exact = torch.zeros(1, 64, dtype=torch.bfloat16), 0.0
     for n in range(1, 3000):
         value = 1.0 if n < 1000 else 1.5
         exact += (value - exact) / n
         new = mean.float() + (value - mean.float()) / n
-        mean = rounded(new, torch.bfloat16, head, torch.tensor([n]), 0)
+        mean = rounded(new, torch.bfloat16, 0, torch.tensor([7]), torch.tensor([n]))  # nothing but the count changes
     assert abs(float(mean.float().mean()) - exact) < 0.01
 
 
@@ -265,7 +274,7 @@ class Still:
 def learned(q: Tensor, groups: int, rotary: object) -> Queries:
     H, _, D = q.shape[1:]
     config = SimpleNamespace(num_key_value_heads=groups, num_attention_heads=H, head_dim=D)
-    queries = Queries(config, rotary, len(q), torch.float32, "cpu", lasting=True)
+    queries = Queries(config, rotary, len(q), torch.float32, "cpu")
     queries.learn(q, torch.arange(q.shape[2])[None] * 8)
     return queries
 
@@ -303,6 +312,54 @@ def test_what_outlasts_the_prompt_says_the_same(lm: LM) -> None:
     elsewhere = Statistics.of([queries]).attention(k, seen + 3, count)
     assert (elsewhere - after).abs().max() > 0.02 * after.max()
     assert len(AHEAD) == 16
+
+
+def test_a_summary_of_several_turns_is_that_of_all_queries(lm: LM) -> None:
+    """Mean and covariance of two turns, summarised one after the other, are those of all queries; beyond MEMORY the newer ones win."""
+    g, rotary = generator(13), Still()
+    low = torch.randn(1, 1, 1, 3, 16, generator=g)  # a covariance of rank 3, and the means' difference: 8 directions hold it
+    turns = [torch.randn(1, 4, n, 3, generator=g) @ low[:, :, 0].expand(1, 4, 3, 16) + m for n, m in ((60, 0.0), (20, 0.5))]
+    one = learned(torch.cat(turns, 2), 2, rotary)
+    one.summarize(torch.tensor([True]))
+    two = learned(turns[0], 2, rotary)
+    two.summarize(torch.tensor([True]))
+    two.forget(True)
+    two.forget(False)
+    two.learn(turns[1], torch.arange(20)[None] * 8)
+    assert two.count.tolist() == [20]
+    two.summarize(torch.tensor([True]))
+    assert two.known.tolist() == one.known.tolist() == [80]
+    assert torch.allclose(one.mean, two.mean, atol=1e-5)
+    assert torch.allclose(one.factor @ one.factor.mT, two.factor @ two.factor.mT, atol=1e-3)
+    many = learned(turns[0].repeat(1, 1, 100, 1), 2, rotary)
+    many.summarize(torch.tensor([True]))
+    assert many.known.tolist() == [MEMORY]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_expected_attention_does_not_overflow(dtype: torch.dtype) -> None:
+    """Large keys and queries, in any dtype: probabilities that add up to one for each query head."""
+    q = torch.randn(1, 4, 64, 128, generator=generator(14)) * 30
+    k = (torch.randn(1, 2, 20, 128, generator=generator(15)) * 30).to(dtype)
+    got = Statistics.of([learned(q, 2, Still())]).attention(k, torch.tensor([600]), torch.ones(1, 2, 20))
+    assert torch.allclose(got.sum(-1), torch.full((1, 2), 2.0), atol=1e-3)
+
+
+def test_cover_leaves_no_point_beyond_its_radius() -> None:
+    """`cover`: each point's label is a centre within the radius; `most` binds; what is not alive has no label."""
+    x = torch.randn(2, 3, 200, 8, generator=generator(16))
+    alive = torch.rand(2, 3, 200, generator=generator(17)) < 0.8
+    for radius in (0.5, 2.0, 3.0, 10.0):
+        label, used = cover(x, alive, radius, torch.full((2, 3), 200))
+        assert torch.equal(label >= 0, alive)
+        for b in range(2):
+            for h in range(3):
+                groups = [x[b, h][label[b, h] == i] for i in range(int(used[b, h]))]
+                assert all(len(group) for group in groups)
+                for group in groups:  # one of them is the centre
+                    assert float(torch.cdist(group, group).amax(-1).min()) <= radius * 1.001
+    few = cover(x, alive, 0.5, torch.full((2, 3), 7))[1]
+    assert (few == 7).all()
 
 
 def test_a_short_turn_has_queries_of_its_own(lm: LM, ids: Tensor) -> None:

@@ -87,9 +87,13 @@ class Budgeted(Attention):
         """How many of the newest tokens stay exact in the tail, the pending ones aside."""
         return 0
 
+    def spare(self, budget: int) -> int:
+        """Slots that whole pages leave over: more recent tokens."""
+        return (budget - self.recent(budget) - (0 if self.when == "prompt" else self.block)) % PAGE
+
     def settled(self, budget: int) -> int:
         """Slots a head that are left for settled ones, on average over heads."""
-        return budget - self.recent(budget) - (0 if self.when == "prompt" else self.block)
+        return budget - self.recent(budget) - self.spare(budget) - (0 if self.when == "prompt" else self.block)
 
     @abstractmethod
     def layer(self, index: int, pages: Pages, rotary: Any, config: Any, batch: int, dtype: torch.dtype, device: Any) -> BudgetedCache:
@@ -207,7 +211,7 @@ class BudgetedCaches(Caches):
     def compress(self, which: Tensor) -> None:
         """Turn everything of the sequences that `which` (B,) names, but for the recent tokens, into settled slots within their budgets."""
         seen, m = self.tokens_seen, self.method
-        recent = torch.tensor([m.recent(n) for n in self.held.tolist()], device=seen.device)
+        recent = torch.tensor([m.recent(n) + m.spare(n) for n in self.held.tolist()], device=seen.device)
         for cache in self:
             cache.recent.copy_(torch.where(which, recent, cache.recent))
         pages = self.pages[0]

@@ -203,7 +203,8 @@ class Caches(nn.ModuleList):
 
     def clone(self) -> Caches:
         """An independent copy: several answers from one prompt."""
-        return copy.deepcopy(self)
+        shared = {id(rotary): rotary for module in self.modules() for rotary in getattr(module, "rotary", ())}  # the model's, not copied
+        return copy.deepcopy(self, shared)
 
     def expand(self, batch: int) -> Caches:
         """A copy of a single sequence's cache for `batch` sequences. Raises ZooError unless this cache's batch is 1."""

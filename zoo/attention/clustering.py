@@ -44,9 +44,11 @@ class Centres:
     def far(self, count: int) -> tuple[Tensor, Tensor]:
         """The `count` points farthest from all centres, farthest first: squared distances and indices (B, G, count)."""
         index = torch.arange(self.dist.shape[2], device=self.dist.device)
-        # Points that are on a centre already come last, in order: their distances are nothing but rounding.
-        key = torch.where(self.dist > self.tie, self.dist, torch.where(self.dist > -torch.inf, -1.0 - index, -torch.inf))
-        return key.topk(min(count, key.shape[2]), dim=-1)
+        # Equally far ones in order, whatever rounding says, and last, in order, those on a centre: their distances are nothing else.
+        level = torch.where(self.dist < torch.inf, (self.dist / self.tie.clamp(min=1e-30)).round() * self.tie, self.dist)
+        key = torch.where(self.dist > self.tie, level, torch.where(self.dist > -torch.inf, -1.0 - index, -torch.inf))
+        top = key.sort(dim=-1, descending=True, stable=True)
+        return top.values[..., :count], top.indices[..., :count]
 
     def add(self, picks: Tensor, valid: Tensor) -> None:
         """Open centres at points picks (B, G, C) where valid (B, G, C); valid ones come first. Points join the nearest."""
@@ -175,7 +177,9 @@ def ward(x: Tensor, weight: Tensor, alive: Tensor, surplus: Tensor) -> Tensor:
     shape, N = alive.shape, max(1, int(alive.sum(-1).max()))
     order = (~alive).to(torch.uint8).argsort(dim=-1, stable=True)[..., :N]  # those that may merge, in front
     x, weight, alive = row(x, order).flatten(0, 1), (weight * alive).gather(2, order).flatten(0, 1), alive.gather(2, order).flatten(0, 1)
-    labels, heads, surplus = torch.arange(N, device=x.device).repeat(len(x), 1), torch.arange(len(x), device=x.device), surplus.flatten()
+    labels, surplus = torch.arange(N, device=x.device).repeat(len(x), 1), surplus.flatten()
+    heads = alive.sum(-1).argsort(stable=True)  # by size, so that `cheapest` pads little
+    x, weight, alive, surplus = x[heads], weight[heads], alive[heads], surplus[heads]
     places = torch.arange(shape[2], device=x.device).expand(shape)
     while True:
         some = (surplus > 0).nonzero()[:, 0]
@@ -225,10 +229,12 @@ def cheapest(x: Tensor, weight: Tensor, alive: Tensor, some: Tensor) -> tuple[Te
     right = torch.cat((x, one, torch.where(alive[..., None], square, torch.inf)), -1).mT
     least = torch.empty(some.shape, device=x.device)
     partner, step = torch.empty_like(some), max(1, 2**18 // (some.shape[1] * x.shape[1]))
+    ends = torch.where(alive, torch.arange(1, x.shape[1] + 1, device=x.device), 1).amax(-1).tolist()  # behind them nothing is alive
     for part in (slice(i, i + step) for i in range(0, len(x), step)):
-        d = torch.bmm(left[part], right[part])  # |x_a - x_b|^2
+        end = max(max(ends[part]), int(some[part].max()) + 1)
+        d = torch.bmm(left[part], right[part, :, :end])  # |x_a - x_b|^2
         F.threshold(d, 1.0, 0.0, inplace=True)  # among equal points the first is the nearest, whatever rounding says
-        d.div_(inverse[part].gather(1, some[part])[..., None] + inverse[part, None])
+        d.div_(inverse[part].gather(1, some[part])[..., None] + inverse[part, None, :end])
         torch.min(d.scatter_(2, some[part][..., None], torch.inf), 2, out=(least[part], partner[part]))
     return torch.where(alive.gather(1, some), least, torch.inf), partner
 
@@ -238,14 +244,14 @@ def row(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(2, index[..., None].expand(*index.shape, values.shape[3]))
 
 
-def rounded(mean: Tensor, dtype: torch.dtype, head: Tensor, pos: Tensor, which: int) -> Tensor:
+def rounded(mean: Tensor, dtype: torch.dtype, seed: int, *where: Tensor) -> Tensor:
     """mean (M, D) float32 in a shorter dtype, rounded up or down at random so that the expectation is the mean: the mean of a large cluster
-    moves by less than half a step of bfloat16 at a time, and rounded to nearest it would stand still. The draw is a function of the
-    cluster's head and newest position (M,), and of the dimension."""
+    moves by less than half a step of bfloat16 at a time, and rounded to nearest it would stand still. The draw is a function of the seed,
+    of `where` (M,) int64 each (what cluster it is, and its state), and of the dimension."""
     near = mean.to(dtype)
     if dtype in (torch.float32, torch.float64):
         return near
     error = mean - near.float()
     other = torch.nextafter(near, torch.where(error > 0, torch.inf, -torch.inf).to(dtype))
-    noise = random.uniform(which, pos[:, None].long(), head[:, None], torch.arange(mean.shape[1], device=mean.device))
+    noise = random.uniform(seed, *(t[:, None] for t in where), torch.arange(mean.shape[1], device=mean.device))
     return torch.where(noise * (other.float() - near.float()).abs() < error.abs(), other, near)

@@ -1,7 +1,7 @@
 """What the methods share that keep some tokens and drop the others: a score for each, the best ones stay.
 
-A slot is one token, exact, at its true position; every head keeps as many, each its own ones. Settled slots come in pages of 32, so that
-a budget that is no multiple of 32 keeps up to 31 fewer.
+A slot is one token, exact, at its true position; every head keeps as many, each its own ones. Settled slots come in pages of 32; what they
+leave of the budget goes to recent tokens.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class SelectingCache(BudgetedCache):
             self.asked_pos.index_put_((b, row), pos_kept)
         return super().attend(q, k, v, pos)
 
-    def prepare(self) -> None:
+    def prepare(self, which: Tensor) -> None:
         """`mass`: the attention that the last queries give to each slot, tail and settled."""
         if not self.asked.shape[1]:
             return

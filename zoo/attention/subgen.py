@@ -99,6 +99,9 @@ class SubGen(Budgeted):
     def recent(self, budget: int) -> int:
         return budget // 8
 
+    def spare(self, budget: int) -> int:
+        return 0  # pages are shared out among all heads
+
     def fields(self, config: Any, dtype: torch.dtype) -> dict[str, tuple[int, torch.dtype]]:
         fields = super().fields(config, dtype)
         if self.bounded:
@@ -122,7 +125,7 @@ class SubGenCache(BudgetedCache):
         G, D = config.num_key_value_heads, config.head_dim
         F = method.features(D) if method.bounded and not method.delta else 0
         self.register_buffer("basis", torch.zeros(batch, G, D, F, dtype=dtype, device=device))
-        self.queries = Queries(config, rotary, batch, dtype, device, lasting=method.bounded)
+        self.queries = Queries(config, rotary, batch, dtype, device)
         self.measure(method.measures)
 
     # What is watched while tokens come in
@@ -140,24 +143,22 @@ class SubGenCache(BudgetedCache):
         return super().attend(q, k, v, pos)
 
     def begin_prompt(self, seen: Tensor) -> None:
-        if self.method.when != "stream":
-            self.queries.forget(False)
-            self.queries.count.clamp_(min=0)
-            self.queries.start.copy_(seen)
+        self.queries.forget(False)
+        self.queries.count.clamp_(min=0)
+        self.queries.start.copy_(seen)
         self.measure(self.method.measures)
 
     def end_prompt(self, seen: Tensor) -> None:
-        if self.method.bounded:
-            self.queries.summarize(torch.ones_like(self.queries.count, dtype=torch.bool))
-        else:  # nothing more is compressed before the next prompt, which is measured anew
+        self.queries.summarize(torch.ones_like(self.queries.count, dtype=torch.bool))
+        if not self.method.bounded:  # nothing more is compressed before the next prompt, which is measured anew
             self.measure(False)
         self.queries.forget(True)
 
     # Between steps
 
-    def prepare(self) -> None:
-        """Find the principal directions, once, from the tokens that are here."""
-        new = ~self.basis.flatten(1).any(1) if self.basis.numel() else torch.zeros(1, dtype=torch.bool)
+    def prepare(self, which: Tensor) -> None:
+        """Find the principal directions, once for each sequence, from the tokens that are here when it is first compressed."""
+        new = which & ~self.basis.flatten(1).any(1) if self.basis.numel() else torch.zeros_like(which)
         if bool(new.any()):
             pos = self.store.pos[:, 0].long()
             x = self.rotary[0].unrotate(self.store.k.float(), pos.clamp(min=0))
@@ -249,16 +250,20 @@ class SubGenCaches(BudgetedCaches):
     def curves(self, which: Tensor, rows: list[float]) -> tuple[Tensor, Tensor]:
         """For each head, how the radius falls with the number of centres (`radii`): (L, B, G, K) each; rows: what a head of each sequence
         owns on average. In a sequence of 1,024 and more every fourth token or slot stands for all: centres are then a fourth, too."""
-        out = []
+        out: dict[int, tuple[Tensor, Tensor]] = {}
         step = torch.where(self.tokens_seen >= 1024, 4, 1)
         most = (torch.tensor(rows, device=step.device) * HIGH / step).long() + 1
         pos = self[0].store.pos[:, 0].long()  # tails of all layers hold the same tokens
         keep = (pos >= SINKS) & (pos < (self.tokens_seen - self[0].recent)[:, None]) & (pos % step[:, None] == 0) & which[:, None]
+        oldest = (
+            self.tokens_seen - self[0].window if self[0].window else torch.full_like(self.tokens_seen, -1)
+        )  # and older ones have expired
+        keep &= pos > oldest[:, None]
         index = keep.any(0).nonzero()[:, 0]
         for layers in self.groups(len(index)):
             A, old = len(layers), self.pages[0].read([cache.index for cache in layers])
             settled = torch.arange(old["pos"].shape[2], device=pos.device) % step.repeat(A)[:, None, None] == 0
-            held = (old["pos"] >= 0) & settled & which.repeat(A)[:, None, None]
+            held = (old["pos"] > oldest.clamp(min=-1).repeat(A)[:, None, None]) & settled & which.repeat(A)[:, None, None]
             k = torch.cat((old["k"], torch.cat([cache.store.k[:, :, index] for cache in layers])), 2)
             shape = (*k.shape[:2], len(index))
             alive = torch.cat((held, keep[:, index].repeat(A, 1)[:, None].expand(shape)), 2)
@@ -267,10 +272,12 @@ class SubGenCaches(BudgetedCaches):
             x = x @ principal(x, alive, min(FEATURES, x.shape[3]))
             counts, found = radii(x, alive, most.repeat(A)[:, None].expand(k.shape[:2]))
             counts = counts * step.repeat(A)[:, None, None]
-            out += [(c, f) for c, f in zip(counts.unflatten(0, (A, -1)), found.unflatten(0, (A, -1)), strict=True)]
-        K = max(c.shape[-1] for c, _ in out)
+            each = zip(counts.unflatten(0, (A, -1)), found.unflatten(0, (A, -1)), strict=True)
+            out |= {cache.index: pair for cache, pair in zip(layers, each, strict=True)}
+        K = max(c.shape[-1] for c, _ in out.values())
         stretch = lambda t: torch.cat((t, t[..., -1:].expand(*t.shape[:-1], K - t.shape[-1])), -1)  # noqa: E731
-        return torch.stack([stretch(c) for c, _ in out]), torch.stack([stretch(r) for _, r in out])
+        pairs = [out[i] for i in range(len(self))]
+        return torch.stack([stretch(c) for c, _ in pairs]), torch.stack([stretch(r) for _, r in pairs])
 
     def by_delta(self, which: Tensor) -> Tensor:
         """Pages for as many clusters as delta asks for, and heavy tokens in proportion."""
@@ -280,7 +287,7 @@ class SubGenCaches(BudgetedCaches):
             alive = (slots["pos"] >= 0) & which[:, None, None]
             tokens = alive.sum(-1)
             _, clusters = cover(Maker([cache]).points(slots, alive), alive, self.method.delta, tokens)
-            rows = torch.minimum(SINKS + (clusters / (1 - HEAVY)).long(), tokens)
+            rows = torch.minimum(SINKS + (clusters / (1 - HEAVY)).long(), tokens).clamp(min=1)
             share[cache.index] = torch.where(which[:, None], ((rows + PAGE - 1) // PAGE).to(share.dtype), share[cache.index])
         return share
 
@@ -288,16 +295,19 @@ class SubGenCaches(BudgetedCaches):
         """Layers that are worked on at once, if so many rows of each tail are (None: all that hold something)."""
         pages = self.pages[0]
         rows = int((self[0].store.pos >= 0).sum(-1).max()) if waiting is None else waiting
-        rows += PAGE * max(max(count) for count in pages.count)
-        most = max(1, AT_ONCE // (self.batch * pages.share.shape[2] * max(rows, 1)))
-        layers = list(self)
-        return (layers[i : i + most] for i in range(0, len(layers), most))
+        layers = sorted(self, key=lambda cache: max(pages.count[cache.index]))  # all are padded to the longest head of a group
+        while layers:
+            longest = rows + PAGE * max(pages.count[layers[-1].index])
+            most = max(1, AT_ONCE // (self.batch * pages.share.shape[2] * max(longest, 1)))
+            yield layers[-most:]
+            del layers[-most:]
 
     def compress(self, which: Tensor) -> None:
+        for cache in self:
+            cache.queries.summarize(which & (cache.queries.known > 0))
         super().compress(which)
-        if self.method.bounded:
-            for cache in self:
-                cache.queries.summarize(which)
+        for cache in self:
+            cache.queries.summarize(which)
         if bool(self.bounded.all()):  # no sequence needs its queries any more
             for cache in self:
                 cache.queries.forget(True)

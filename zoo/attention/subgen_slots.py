@@ -112,11 +112,15 @@ class Maker:
         clusters = several.nonzero()[:, 0]
         weight = u.flatten()[tokens, None]
         total = weight.new_zeros(len(clusters), 1).index_add_(0, into, weight).clamp_(min=1e-30)
-        head, pos = clusters // size % G, new["pos"].flatten()[clusters]
+        layer = torch.tensor([one.index for one in self.layers], device=label.device)
+        state = (new["pos"].flatten()[clusters], n.flatten()[clusters].long())
+        place = (layer[clusters // (size * G * (len(label) // len(layer)))], clusters // size % G, *state)
         for which, name in enumerate(name for name in ("k", "v", "x") if name in slots):
             values = slots[name].flatten(0, 2)
             mean = total.new_zeros(len(clusters), values.shape[1]).index_add_(0, into, values[tokens].float() * weight) / total
-            t = values.index_select(0, member).index_copy_(0, clusters, rounded(mean, values.dtype, head, pos, which))
+            t = values.index_select(0, member).index_copy_(
+                0, clusters, rounded(mean, values.dtype, self.method.seed, *place, torch.full_like(clusters, which))
+            )
             new[name] = t.view(*label.shape[:2], size, -1)
         return new | {name: gathered(label, slots[name], size) for name in self.method.beside}
 

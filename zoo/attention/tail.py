@@ -139,8 +139,8 @@ class BudgetedCache(Cache):
 
     # Between steps
 
-    def prepare(self) -> None:
-        """Called before candidates are looked up."""
+    def prepare(self, which: Tensor) -> None:
+        """Called before candidates are looked up, of the sequences that `which` (B,) names."""
 
     def begin_prompt(self, seen: Tensor) -> None:
         """A prompt or chat turn comes next, after seen (B,) tokens."""
@@ -215,7 +215,7 @@ def candidates(layers: Sequence[BudgetedCache], seen: Tensor, which: Tensor) -> 
     """The settled slots of all sequences and, behind them, of those that `which` (B,) names, what is older than the recent tokens at
     lengths seen (B,): k, v (A, G, N, D), a, pos (A, G, N) and the method's own fields; pos -1 = nothing. Expired ones are left out."""
     for layer in layers:
-        layer.prepare()
+        layer.prepare(which)
     one = layers[0]  # tails of all layers hold the same tokens
     pos = one.store.pos[:, 0].long()
     old = (pos >= 0) & (pos < (seen - one.recent)[:, None]) & which[:, None]
