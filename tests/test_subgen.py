@@ -20,7 +20,7 @@ import zoo
 from zoo import calibrate, cli
 from zoo.attention import parse, subgen
 from zoo.attention.budgeted import SINKS
-from zoo.attention.clustering import cover, coverage, gathered, k_center, radii, rounded, ward
+from zoo.attention.clustering import TIE, cover, coverage, gathered, k_center, radii, rounded, ward
 from zoo.attention.queries import AHEAD, MEMORY, Queries, Statistics
 from zoo.attention.shares import HIGH, LOW, fill, one_delta
 from zoo.attention.slots import PAGE
@@ -357,7 +357,7 @@ def test_cover_leaves_no_point_beyond_its_radius() -> None:
                 groups = [x[b, h][label[b, h] == i] for i in range(int(used[b, h]))]
                 assert all(len(group) for group in groups)
                 for group in groups:  # one of them is the centre
-                    assert float(torch.cdist(group, group).amax(-1).min()) <= radius * 1.001
+                    assert float(torch.cdist(group, group).square().amax(-1).min()) <= radius**2 + TIE * float(x.square().sum(-1).max())
     few = cover(x, alive, 0.5, torch.full((2, 3), 7))[1]
     assert (few == 7).all()
 

@@ -41,12 +41,15 @@ class Centres:
         self.label = torch.full(alive.shape, -1, dtype=torch.int64, device=x.device)
         self.used = alive.new_zeros(alive.shape[:2], dtype=torch.int64)
 
+    def level(self) -> Tensor:
+        """`dist` in steps of `tie`: what decisions are made by, so that equally far points are equally far, whatever rounding says."""
+        return torch.where(self.dist.abs() < torch.inf, (self.dist / self.tie.clamp(min=1e-30)).round() * self.tie, self.dist)
+
     def far(self, count: int) -> tuple[Tensor, Tensor]:
         """The `count` points farthest from all centres, farthest first: squared distances and indices (B, G, count)."""
         index = torch.arange(self.dist.shape[2], device=self.dist.device)
-        # Equally far ones in order, whatever rounding says, and last, in order, those on a centre: their distances are nothing else.
-        level = torch.where(self.dist < torch.inf, (self.dist / self.tie.clamp(min=1e-30)).round() * self.tie, self.dist)
-        key = torch.where(self.dist > self.tie, level, torch.where(self.dist > -torch.inf, -1.0 - index, -torch.inf))
+        # Equally far ones in order, and last, in order, those on a centre: their distances are nothing but rounding.
+        key = torch.where(self.dist > self.tie, self.level(), torch.where(self.dist > -torch.inf, -1.0 - index, -torch.inf))
         top = key.sort(dim=-1, descending=True, stable=True)
         return top.values[..., :count], top.indices[..., :count]
 
@@ -112,7 +115,7 @@ def cover(x: Tensor, alive: Tensor, radius: float, most: Tensor) -> tuple[Tensor
     picks = alive.to(torch.uint8).argmax(-1, keepdim=True)
     c.add(picks, alive.gather(2, picks) & (most > 0)[..., None])
     while True:
-        far = (c.dist > radius**2).sum(-1)
+        far = ((c.level() > radius**2) & (c.dist > c.tie)).sum(-1)
         want = torch.minimum(torch.minimum(far, most - c.used), c.used.clamp(min=8)) * (c.used > 0)
         if not bool((want > 0).any()):
             return torch.where(alive, c.label, -1), c.used
