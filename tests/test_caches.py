@@ -450,10 +450,10 @@ def test_nbytes_are_the_storages(lm: LM, ids: Tensor, attn: str) -> None:
 
 
 def test_full_counts_exactly(lm: LM, ids: Tensor) -> None:
-    """300 tokens x 2 layers x (2 kv heads x (key + value) x 16 x 4 bytes + a position), and one count of tokens."""
+    """300 tokens x 2 layers x (2 kv heads x (key + value) x 32 x 4 bytes + a position), and one count of tokens."""
     cache = new(lm, "full")
     lm.prefill(ids[:1, :300], cache)
-    assert cache.nbytes().used == 300 * 2 * (2 * 2 * 16 * 4 + 4) + 8
+    assert cache.nbytes().used == 300 * 2 * (2 * 2 * 32 * 4 + 4) + 8
     assert cache.nbytes().allocated < 1.3 * cache.nbytes().used
     known = new(lm, "full", max_tokens=600)
     lm.prefill(ids[:1, :300], known)
@@ -501,8 +501,8 @@ def most_bytes(lm: LM, method: Attention) -> int:
 @pytest.mark.parametrize("attn", ["subgen", "subgen:scores=expected", "subgen:heads=uniform"])
 @pytest.mark.parametrize("budget", [128, 160, 200, 256, 510])
 def test_features_are_paid_for(lm: LM, ids: Tensor, attn: str, budget: int) -> None:
-    """Keys, values, coordinates, their directions and what is kept of queries: no more numbers than the budget's keys and values have. The
-    least page may exceed the least budget by two slots a head."""
+    """Keys, values, coordinates, their directions and what is kept of queries: no more numbers than the budget's keys and values have. Only
+    the least budget may be exceeded, by heads of one page: they cannot own less."""
     cache = new(lm, spell(attn, budget=budget))
     feed(lm, cache, ids[:1], 700, 100)
     c, numbers = lm.config, 0
@@ -512,7 +512,7 @@ def test_features_are_paid_for(lm: LM, ids: Tensor, attn: str, budget: int) -> N
     pages = cache.pages[0]  # type: ignore[attr-defined]
     numbers += int(pages.share.sum()) * PAGE * (2 * c.head_dim + pages.x.shape[-1])
     paid = budget * 2 * c.head_dim * c.num_key_value_heads * c.num_hidden_layers
-    assert numbers <= paid + (4 * c.head_dim * c.num_key_value_heads * c.num_hidden_layers if budget == 128 else 0)
+    assert numbers <= paid or (budget == 128 and int(pages.share.max()) == 1)
     assert numbers > 0.8 * paid
 
 

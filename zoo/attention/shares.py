@@ -12,6 +12,8 @@ def one_delta(counts: Tensor, found: Tensor, rows: float) -> tuple[Tensor, float
     """counts, found (heads, K) as `radii` gives them, and the slots that a head owns on average -> slots (heads,) float64, and delta. A
     head owns as many as it needs centres to have no point farther than delta from one, but LOW to HIGH times the average."""
 
+    counts = counts.clamp(min=1)  # a head may have no points at all, where everything has left a model's window
+
     def needed(delta: float) -> Tensor:
         above = (found > delta).sum(-1)
         low, high = (above - 1).clamp(min=0)[:, None], above.clamp(max=found.shape[1] - 1)[:, None]
