@@ -88,6 +88,8 @@ def command(line: str, talk: Conversation, figures: dict[str, Any] | None) -> No
         print("forgotten", file=sys.stderr)
     elif name == "/stats":
         print(cli.show(figures) if figures else "nothing has been said yet", file=sys.stderr)
+    elif name == "/attn" and not rest.strip():
+        print(f"attention is {talk.lm.attn}", file=sys.stderr)
     elif name == "/attn":
         talk.lm.attn = parse(rest.strip())
         talk.forget()

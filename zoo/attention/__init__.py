@@ -55,7 +55,9 @@ def parse(spelling: str | Attention) -> Attention:
     known, chosen = options(ATTENTION[name]), {}
     for part in rest.split(",") if colon else []:
         key, equals, value = (piece.strip() for piece in part.partition("="))
-        if key not in known or not equals:
+        if key in known and not equals:
+            raise ZooError(f"{name}: option {key!r} has no value; write {key}={known[key][1]}, or another")
+        if key not in known:
             listing = ", ".join(f"{k}={str(d).lower() if kind is bool else d}" for k, (kind, d) in known.items()) or "none"
             raise ZooError(f"{name}: unknown option {part.strip()!r}; options and their defaults: {listing}")
         if key in chosen:
@@ -74,7 +76,7 @@ def convert(name: str, key: str, kind: type, value: str) -> object:
         return Budget.parse(value) if kind is Budget else kind(value)
     except ValueError:
         expected = {
-            "Budget": "tokens such as 1024 or a share such as 25%",
+            "Budget": "a number of tokens such as 1024, or a share such as 25% or 25%/256",
             "int": "a whole number",
             "float": "a number",
             "bool": "true or false",
