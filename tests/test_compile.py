@@ -69,7 +69,8 @@ def test_2000_tokens_compile_once(folder: Path, attn: str, one_graph: None) -> N
 )
 def test_compiled_equals_eager(folder: Path, attn: str) -> None:
     """The same logits for 150 steps of two sequences from prompts of 330 and 290 tokens, each step fed the same tokens. In float64, where
-    seven layers of large random weights do not blow rounding up to 1e-4; the logits themselves are float32."""
+    seven layers of large random weights do not blow rounding up to 1e-4. Angles are float32 all the same: a compiled sine differs in its
+    last bit, keys of the first layer by 3e-7, and these layers make 1.5e-5 of it."""
     lm = zoo.load(str(folder), compile="on")
     lm.model.double()
     lm.attn = parse(attn)
@@ -84,7 +85,7 @@ def test_compiled_equals_eager(folder: Path, attn: str) -> None:
         a = lm.decode_step(ids[:, t], caches[0])
         lm.step.mode = "off"
         b = lm.decode_step(ids[:, t], caches[1])
-        assert (a - b).abs().max() < 1e-5
+        assert (a - b).abs().max() < 3e-5
     lm.step.mode = mode
     assert lm.step.ran["compiled"] - ran["compiled"] == 150
     assert lm.step.ran["eager"] - ran["eager"] == 150

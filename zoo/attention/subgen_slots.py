@@ -117,7 +117,10 @@ class Maker:
         place = (layer[clusters // (size * G * (len(label) // len(layer)))], clusters // size % G, *state)
         for which, name in enumerate(name for name in ("k", "v", "x") if name in slots):
             values = slots[name].flatten(0, 2)
-            mean = total.new_zeros(len(clusters), values.shape[1]).index_add_(0, into, values[tokens].float() * weight) / total
+            wide = torch.promote_types(values.dtype, torch.float32)
+            mean = (
+                values.new_zeros(len(clusters), values.shape[1], dtype=wide).index_add_(0, into, values[tokens].to(wide) * weight) / total
+            )
             t = values.index_select(0, member).index_copy_(
                 0, clusters, rounded(mean, values.dtype, self.method.seed, *place, torch.full_like(clusters, which))
             )
