@@ -197,10 +197,10 @@ def chunk_mass(q: Tensor, q_pos: Tensor, slots: Slots, whole: Parts, powers: Seq
     unseen = ~visible(q_pos, Slots(slots.k, slots.v, slots.pos[:, :, first:], window=slots.window))
     weight = (q_pos >= 0).to(q.dtype)[:, None].expand(B, left.shape[2] // T, T).reshape(B, -1)
     sums = [q.new_empty(B, G, S) for _ in powers]
-    # A head and 256 slots at a time, so that their probabilities stay in a core's cache.
-    for b, g, start in itertools.product(range(B), range(G), range(0, S, 256)):
-        block = slice(start, start + 256)
-        prob = left[b, g] @ right[b, g, block].mT  # (R T, 256): logarithms, for now
+    # A head and 1,024 slots at a time: large enough for several threads, small enough for their caches.
+    for b, g, start in itertools.product(range(B), range(G), range(0, S, 1024)):
+        block = slice(start, start + 1024)
+        prob = left[b, g] @ right[b, g, block].mT  # (R T, 1024): logarithms, for now
         if (end := start + prob.shape[1]) > first:
             begin = max(start, first)
             prob.unflatten(0, (-1, T))[..., begin - start :].masked_fill_(
@@ -208,7 +208,7 @@ def chunk_mass(q: Tensor, q_pos: Tensor, slots: Slots, whole: Parts, powers: Seq
             )
         prob.exp_()
         for i, total in enumerate(sums):
-            torch.mv((prob.square_() if i else prob).mT, weight[b], out=total[b, g, block])
+            torch.mm(weight[b, None], prob.square_() if i else prob, out=total[b, g, None, block])
     return [x.to(torch.float32).where(held[:, None], 0) for x in sums]
 
 
