@@ -49,9 +49,11 @@ class Centres:
         """The `count` points farthest from all centres, farthest first: squared distances and indices (B, G, count)."""
         index = torch.arange(self.dist.shape[2], device=self.dist.device)
         # Equally far ones in order, and last, in order, those on a centre: their distances are nothing but rounding.
-        key = torch.where(self.dist > self.tie, self.level(), torch.where(self.dist > -torch.inf, -1.0 - index, -torch.inf))
-        top = key.sort(dim=-1, descending=True, stable=True)
-        return top.values[..., :count], top.indices[..., :count]
+        value = torch.where(self.dist > self.tie, self.level(), torch.where(self.dist > -torch.inf, -1.0 - index, -torch.inf))
+        # A step is worth more than any difference of indices: no two keys are equal, and `topk` has nothing to choose.
+        key = (value / self.tie.clamp(min=1e-30)).round().double() * len(index) - index
+        picks = torch.where(value > 0, key, value.double()).topk(min(count, len(index)), dim=-1).indices
+        return value.gather(2, picks), picks
 
     def add(self, picks: Tensor, valid: Tensor) -> None:
         """Open centres at points picks (B, G, C) where valid (B, G, C); valid ones come first. Points join the nearest."""
