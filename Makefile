@@ -37,7 +37,7 @@ lint: $(VENV)/dev.stamp
 	$(RUN) -m mypy
 
 bench: $(VENV)/test.stamp
-	$(RUN) -m zoo.bench
+	$(RUN) -m zoo.bench --peer scripts/peer_transformers.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -158,3 +158,15 @@ def test_contributing_model(tiny: Path, tmp_path: Path, monkeypatch: pytest.Monk
     theirs, ours = zoo.load(str(folder)).logits(ids), zoo.load(str(tiny)).logits(ids)
     assert theirs.shape == ours.shape
     assert (theirs - ours).abs().max() > 0.1
+
+
+def test_a_peer_that_cannot_be_used_is_one_line(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that is not there, or is no peer, or imports what is not installed."""
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "lacking.py").write_text("import nowhere_to_be_found")
+    short = ["--model", str(tiny), "--prompt-tokens", "4", "--new-tokens", "2", "--repeats", "1", "--compile", "off", "--dtype", "float32"]
+    for name, says in (("none.py", "none.py"), ("empty.py", "NAME"), ("lacking.py", "nowhere_to_be_found")):
+        assert cli.run(bench.main, [*short, "--peer", str(tmp_path / name)]) == 2
+        err = capsys.readouterr().err.strip()
+        assert says in err
+        assert len(err.splitlines()) == 1

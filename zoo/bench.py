@@ -1,4 +1,4 @@
-"""python -m zoo.bench: milliseconds per generated token, against `transformers` on the same weights where it is installed.
+"""python -m zoo.bench: milliseconds per generated token, with --peer against another program on the same weights.
 
 Runs are interleaved, so that a busy machine is busy for everyone; medians and quartiles are over whole generations. What bounds the two
 phases: prefill multiplies matrices by matrices and is bound by arithmetic; decode multiplies each weight with one vector, so it is bound by
@@ -9,9 +9,9 @@ are nearly all. The last line is one JSON object.
 from __future__ import annotations
 
 import json
+import runpy
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -36,43 +36,21 @@ def ours(lm: Any, ids: list[int], new: int) -> Callable[[], tuple[list[int], flo
     return run
 
 
-def theirs(folder: Any, dtype: torch.dtype, ids: list[int], new: int) -> Callable[[], tuple[list[int], float, float]] | None:
-    """The same run by transformers' generate (dynamic cache, eager), or None where it is not installed."""
+def theirs(
+    path: str, folder: Any, dtype: torch.dtype, ids: list[int], new: int
+) -> tuple[str, Callable[[], tuple[list[int], float, float]]]:
+    """Another program's name and run, from a Python file that has `NAME` and `runner`. Raises ZooError where it has not."""
     try:
-        from transformers import AutoModelForCausalLM
-        from transformers.generation.streamers import BaseStreamer
-    except ImportError:
-        return None
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-
-    class Clock(BaseStreamer):
-        def __init__(self) -> None:
-            self.times: list[float] = []
-
-        def put(self, value: Any) -> None:
-            self.times.append(time.perf_counter())  # called for the prompt, then for each token
-
-        def end(self) -> None:
-            pass
-
-    def run() -> tuple[list[int], float, float]:
-        clock, start = Clock(), time.perf_counter()
-        with torch.no_grad():
-            out = model.generate(
-                torch.tensor([ids]),
-                attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
-                max_new_tokens=new,
-                min_new_tokens=new,
-                do_sample=False,
-                streamer=clock,
-            )
-        return out[0, len(ids) :].tolist(), clock.times[1] - start, clock.times[-1] - clock.times[1]
-
-    return run
+        peer = runpy.run_path(path)
+        return peer["NAME"], peer["runner"](folder, dtype, ids, new)
+    except (OSError, SyntaxError, ImportError, KeyError) as e:
+        raise ZooError(
+            f"--peer {path} cannot be used: {e}; it must be a Python file with NAME and runner, and what it imports installed"
+        ) from e
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = cli.Parser(prog="python -m zoo.bench", description="Decode speed, against transformers on the same weights.")
+    p = cli.Parser(prog="python -m zoo.bench", description="Decode speed, with --peer against another program on the same weights.")
     p.add_argument("--model", default="smollm2-135m")
     p.add_argument("--attn", action="append", help="attention method; may be given several times (default: full and subgen)")
     p.add_argument("--dtype", action="append", choices=["bfloat16", "float32"], help="may be given several times (default: both)")
@@ -81,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--compile", default="on", choices=["on", "off"])
     p.add_argument("--threads", type=int)
+    p.add_argument("--peer", metavar="FILE", help="what to compare with, such as scripts/peer_transformers.py")
     args = p.parse_args(argv)
     if min(args.prompt_tokens, args.new_tokens - 1, args.repeats) < 1:
         raise ZooError("--prompt-tokens and --repeats must be at least 1, --new-tokens at least 2")
@@ -98,9 +77,9 @@ def main(argv: list[str] | None = None) -> None:
             ids = (lm.tokenizer.encode(TEXT) * args.prompt_tokens)[: args.prompt_tokens]
             runs[f"zoo {lm.attn}"] = ours(lm, ids, args.new_tokens)
             weights = sum(w.nbytes for w in lm.model.parameters())
-        peer = theirs(folder, getattr(torch, dtype), ids, args.new_tokens)
-        if peer:
-            runs["transformers"] = peer
+        if args.peer:
+            peer, runs_of = theirs(args.peer, folder, getattr(torch, dtype), ids, args.new_tokens)
+            runs[peer] = runs_of
         for run in runs.values():  # compile, and touch every page
             run()
         times: dict[str, list[tuple[list[int], float, float]]] = {name: [] for name in runs}
@@ -124,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
                     "tokens": measured[0][0],
                 }
             )
-        base = next((r for r in rows if r["who"] == "transformers" and r["dtype"] == dtype), None)
+        base = next((r for r in rows if args.peer and r["who"] == peer and r["dtype"] == dtype), None)
         for r in rows:
             if base and r["dtype"] == dtype:
                 r["speedup"] = round(base["ms_per_token"] / r["ms_per_token"], 2)
