@@ -164,6 +164,8 @@ def test_both_sides_of_the_rotary_embedding(tiny: Path) -> None:
     cache = lm.new_cache()
     lm.model(torch.tensor([ids]), cache)
     held = cache[1].slots()
+    assert run.k[1].shape[1] == len(ids)
+    assert run.k[1].std() > 0.1
     assert torch.allclose(run.k[1], held.k[0][:, held.pos[0, 0] >= 0], atol=1e-5)
     assert torch.allclose(run.v[1], held.v[0][:, held.pos[0, 0] >= 0], atol=1e-5)
     assert [x.shape[1] for x in run.q] == [4, 4]

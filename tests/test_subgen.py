@@ -244,6 +244,7 @@ def test_several_layers_at_once_are_as_each_alone(lm: LM, ids: Tensor, monkeypat
     for one, other in zip(*both, strict=True):
         x, y = one.slots(), other.slots()
         assert torch.equal(x.pos, y.pos)
+        assert (x.pos >= 0).sum() > 500
         for name in ("k", "v", "a", "weight", "middle"):
             assert torch.allclose(getattr(x, name)[x.pos >= 0], getattr(y, name)[x.pos >= 0], atol=1e-4)
 

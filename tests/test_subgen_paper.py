@@ -88,6 +88,9 @@ def test_chunks_change_nothing(lm: LM, ids: Tensor, attn: SubGenPaper, chunk: in
     assert (feed(lm, parts, ids[:1, :n], 133, chunk) - expected).abs().max() < 1e-4
     assert same(whole, parts)
     assert whole.tokens_seen.tolist() == parts.tokens_seen.tolist() == [n]
+    some = next(t for name, t in parts.named_buffers() if t.is_floating_point() and ".store." not in name and t.numel())
+    some[some.isfinite()] += 1e-2
+    assert not same(whole, parts)  # and `same` looks at numbers
     counts = whole[0].count  # the tests mean something: there are clusters of several tokens, and more than storage began with
     assert counts.max() > 2
     assert (counts > 0).sum(-1).max() > ROWS

@@ -224,7 +224,7 @@ class SubGenCaches(BudgetedCaches):
         if not m.bounded:
             return rows
         F = m.features(D)  # beside a slot of 2 D numbers stand F; the basis is D F numbers a head, what is kept of queries (R + RANK) D
-        fixed = (0 if m.delta else F / 2) + (Maker([self[0]]).group + RANK) / 2
+        fixed = (0 if m.delta else F / 2) + (self[0].queries.mean.shape[1] // self[0].store.k.shape[1] + RANK) / 2
         return [int((n - fixed) / (1 + F / (2 * D))) for n in rows]
 
     def shares(self, which: Tensor) -> Tensor:
