@@ -28,7 +28,7 @@ def parser(module: str, description: str) -> Parser:
     p.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="the file's own unless given")
     p.add_argument("--device", default="cpu")
     p.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="torch.compile the decode step; auto: where it pays")
-    p.add_argument("--backend", default="auto", help="how attention is computed: auto, eager, sdpa")
+    p.add_argument("--backend", default="auto", help="how attention is computed: auto, eager, sdpa, cpp")
     p.add_argument("--threads", type=int, help="CPU threads; PyTorch's choice unless given")
     p.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
     p.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")

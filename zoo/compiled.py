@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import shutil
 import sysconfig
 import weakref
@@ -102,17 +103,12 @@ class Step:
             self.mode = "off"
             return False
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(inductor_folder()))  # PyTorch's default is in /tmp, lost at reboot
-        weights = "L['self']"
         self.compiled = torch.compile(  # type: ignore[call-overload]
             self.eager,
             fullgraph=True,
             recompile_limit=64,  # one graph for each method and batch size
             isolate_recompiles=True,  # several models in one process must not count against one another's recompilations
-            options={
-                # Weights never change shape or type: checking hundreds of them at each step costs up to a millisecond.
-                "guard_filter_fn": lambda guards: [g.guard_type != "TENSOR_MATCH" or not g.name.startswith(weights) for g in guards],
-                "size_asserts": False,
-            },
+            options={"guard_filter_fn": lambda guards: [worth_checking(g.guard_type, g.name) for g in guards], "size_asserts": False},
         )
         return True
 
@@ -128,6 +124,17 @@ class Step:
             out = self.compiled(ids, pos, cache)
         self.marked.add(cache)
         return out
+
+
+def worth_checking(kind: str, name: str) -> bool:
+    """Whether a compiled step must ask each time if this assumption still holds; asking all two thousand costs it a millisecond.
+
+    Weights change neither shape nor type, and all layers of a cache are alike, so that the first answers for the others.
+    """
+    return not (OTHER_LAYERS.match(name) or (kind == "TENSOR_MATCH" and name.startswith("self.")))
+
+
+OTHER_LAYERS = re.compile(r"cache\._modules\['[1-9]")
 
 
 def inductor_folder() -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor
 from zoo import checkpoint, hub
 from zoo.attention import Attention, parse
 from zoo.attention.cache import Caches
-from zoo.attention.slots import BACKENDS
+from zoo.attention.slots import BACKENDS, choose
 from zoo.compiled import Step
 from zoo.errors import ZooError
 from zoo.sampling import Sampler, sampler
@@ -63,8 +63,9 @@ class LM:
         if backend not in ("auto", *BACKENDS):
             raise ZooError(f"backend {backend!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")
         self.model, self.config, self.tokenizer = model, model.config, tokenizer
-        self.attn, self.end_ids, self.backend = attn, end_ids, backend
-        self.step = Step(model, compile, f"{type(model).__name__} {model.config} {self.dtype} {backend}")
+        self.attn, self.end_ids = attn, end_ids
+        self.backend = choose(backend, self.device, self.dtype, self.config.head_dim)
+        self.step = Step(model, compile, f"{type(model).__name__} {model.config} {self.dtype} {self.backend}")
         self.stats = Stats()
         self.cache: Caches | None = None  # of the last generation, for reading
 
@@ -324,7 +325,7 @@ def load(
     """A model by name (zoo.models()), hub id or folder, ready to generate.
 
     attn: `name:option=value,...` (zoo.attentions()). dtype: as in the file unless given (bfloat16, float16, float32). compile: auto, on or
-    off. backend: how attention is computed (auto, eager, sdpa). Raises ZooError with one line that says what to do.
+    off. backend: how attention is computed (auto, eager, sdpa, cpp). Raises ZooError with one line that says what to do.
     """
     method = parse(attn)
     if isinstance(dtype, str):

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import ZooError
+from zoo.folders import cache_folder
 
 PAGE = 32  # rows of a page
 
@@ -312,7 +313,44 @@ def blend(x: Parts, y: Parts) -> Parts:
     return Parts(torch.lerp(x.num, y.num, share[..., None]), lse, torch.maximum(x.den, y.den), lse)
 
 
-BACKENDS: dict[str, Any] = {"eager": slot_attention, "sdpa": sdpa}
+def cpp(q: Tensor, q_pos: Tensor, slots: Slots) -> Tensor:
+    """`slot_attention` by the CPU kernels of kernels/cpu.py where they are made for this; else as without them."""
+    if slots.b is not None or not covered(q, slots.k.shape[1]):
+        return attention(q, q_pos, slots)
+    from zoo.kernels import cpu
+
+    return cpu.slot_attention(q, q_pos, slots)[0]
+
+
+def covered(q: Tensor, heads: int) -> bool:
+    """Whether the CPU kernels are made for queries (B, H, T, D) on this many key/value heads."""
+    from zoo.kernels import cpu
+
+    return cpu.covers(q.device, q.dtype, q.shape[3], q.shape[2] * q.shape[1] // heads)
+
+
+def cpp_parts(answer: tuple[Tensor, Tensor], heads: int) -> Parts:
+    """What the CPU kernels return, as Parts whose num is the output and whose maxima are its log-sum-exp: for `blend`."""
+    out, lse = answer
+    B, H, T, D = out.shape
+    lse = lse.view(B, heads, H // heads, T)
+    return Parts(out.to(lse.dtype).view(B, heads, H // heads, T, D), lse, (lse > -torch.inf).to(lse.dtype), lse)
+
+
+BACKENDS: dict[str, Any] = {"eager": slot_attention, "sdpa": sdpa, "cpp": cpp}
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The backend by name; for `auto` the CPU kernels, where they can be built and are made for such heads."""
+    if backend not in ("auto", "cpp"):
+        return backend
+    from zoo.kernels import cpu
+
+    if cpu.covers(device, dtype, head_dim, 1) and cpu.ready(cache_folder() / "kernels"):
+        return "cpp"
+    if backend == "cpp":
+        raise ZooError(f"backend 'cpp' needs g++, float32 or bfloat16 on a CPU, and heads of a multiple of 16; here: {dtype} on {device}, {head_dim}")
+    return "auto"
 
 
 def attention(q: Tensor, q_pos: Tensor, slots: Slots, backend: str = "auto") -> Tensor:

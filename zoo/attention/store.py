@@ -189,6 +189,11 @@ class Pages(nn.Module):
             at += n
         return pages.to(self.device), owner.to(self.device), table.to(self.device)
 
+    def spans(self, layer: int) -> Tensor:
+        """(B G, 3) int32: each head's first page, how many it owns, and where they begin in the layer's list (`lists`)."""
+        count = torch.tensor(self.count[layer])
+        return torch.stack((torch.tensor(self.first[layer]), count, 1 + count.cumsum(0) - count), 1).to(self.device, torch.int32)
+
     def head(self, name: str, layer: int, head: int) -> Tensor:
         """The rows of one head (b G + g): a view (rows, ...) of buffer `name`."""
         first, n = self.first[layer][head], self.count[layer][head]

@@ -22,6 +22,8 @@ from zoo.attention.slots import (
     attention,
     blend,
     chunk_mass,
+    covered,
+    cpp_parts,
     finish,
     flash_pages,
     flash_slots,
@@ -51,6 +53,7 @@ class BudgetedCache(Cache):
     listed: Tensor  # (N,) this layer's pages      owner (N,) whose each is      table (B G, J) where each head's pages are listed
     owner: Tensor
     table: Tensor
+    spans: Tensor  # (B G, 3): `Pages.spans`
     mass: Tensor | None  # (N, PAGE): attention that settled slots got since the last `maintain`, and its squares
     spikes: Tensor | None
     OPEN: ClassVar[dict[str, int]] = {"listed": 0, "owner": 0, "table": 1, "mass": 0, "spikes": 0}
@@ -63,13 +66,14 @@ class BudgetedCache(Cache):
         self.store = SlotStore(batch, config.num_key_value_heads, 2, config.head_dim, dtype, device, shared=True, beside=method.beside)
         for name, value in (("recent", 0), ("ring", GROWING), ("origin", 0)):
             self.register_buffer(name, torch.full((batch,), value, dtype=torch.int64, device=device))
-        for name in ("listed", "owner", "table", "mass", "spikes"):
+        for name in ("listed", "owner", "table", "spans", "mass", "spikes"):
             self.register_buffer(name, None)
         self.list_pages()
 
     def list_pages(self) -> None:
         """Look up this layer's pages, after they were laid out anew."""
         self.listed, self.owner, self.table = self.pages.lists(self.index, avoid=self.store.rows)
+        self.spans = self.pages.spans(self.index)
         for name in MASSES:
             if name in self.pages.fields:
                 setattr(self, name, torch.zeros(len(self.listed), PAGE, device=self.listed.device))
@@ -87,17 +91,27 @@ class BudgetedCache(Cache):
     def answer(self, q: Tensor, pos: Tensor) -> Tensor:
         """The output for queries whose keys have been written."""
         tail = self.store.read(self.window)
-        fused = not torch.compiler.is_compiling() and q.device.type == "cpu" and self.backend != "eager"
+        heads = tail.k.shape[1]
+        kernel = self.backend == "cpp" and covered(q, heads)
+        fused = kernel or (not torch.compiler.is_compiling() and q.device.type == "cpu" and self.backend != "eager")
         some = torch.compiler.is_compiling() or any(self.pages.count[self.index])  # a compiled step always asks for both
         observing = self.method.observes > 0 and self.store.mass is not None
         if not some and not observing:
             return attention(q, pos, tail, self.backend)
-        whole: Parts = (flash_slots if fused else slot_parts)(q, pos, tail)
         settled = self.read_settled()
-        if some:
-            whole = blend(whole, flash_pages(q, pos, settled)) if fused else merge(whole, paged_parts(q, pos, settled))
+        if kernel:
+            from zoo.kernels import cpu
+
+            whole = cpp_parts(cpu.slot_attention(q, pos, tail), heads)
+            whole = blend(whole, cpp_parts(cpu.page_attention(q, pos, settled, self.spans), heads)) if some else whole
+        elif fused:
+            whole = flash_slots(q, pos, tail)
+            whole = blend(whole, flash_pages(q, pos, settled)) if some else whole
+        else:
+            whole = slot_parts(q, pos, tail)
+            whole = merge(whole, paged_parts(q, pos, settled)) if some else whole
         if observing:
-            self.observe(q, pos, whole, tail, settled if some else None)
+            self.observe(q, pos, whole, tail, settled if some else None, kernel)
         return whole.num.view(q.shape).to(q.dtype) if fused else finish(whole, q.dtype)
 
     def read_settled(self) -> PagedSlots:
@@ -105,7 +119,7 @@ class BudgetedCache(Cache):
         views = () if torch.compiler.is_compiling() else p.views(self.index)
         return PagedSlots(p.k, p.v, p.pos, p.a, self.listed, self.owner, self.table, (), views, self.window)
 
-    def observe(self, q: Tensor, pos: Tensor, whole: Parts, tail: Slots, settled: PagedSlots | None) -> None:
+    def observe(self, q: Tensor, pos: Tensor, whole: Parts, tail: Slots, settled: PagedSlots | None, kernel: bool) -> None:
         """Add up the attention that slots get, to the method's `powers`: from all queries of a prompt, and later from every `observes`-th
         one by position, which then stands for as many. Never more than the queries of one call x slots."""
         every = 1 if self.prompt_open else self.method.observes
@@ -118,6 +132,18 @@ class BudgetedCache(Cache):
             q, pos, counts = q[:, :, columns], pos[:, columns], counts[:, columns]
             whole = Parts(*(x[:, :, :, columns] for x in whole))
         weight, powers = counts * every, self.method.powers
+        if kernel:
+            from zoo.kernels import cpu
+
+            weight, lse = weight.float(), whole.max_den.flatten(1, 2)
+            sums = cpu.slot_mass(q, pos, tail, lse, weight)
+            settled_sums = None if settled is None else cpu.page_mass(q, pos, settled, self.spans, lse, weight)
+            for name, power in powers.items():
+                getattr(self.store, name).add_(sums[power - 1])
+                mine = getattr(self, name)
+                if settled_sums is not None and mine is not None:
+                    mine.add_(settled_sums[power - 1])
+            return
         if every == 1 and pos.shape[1] > 1 and eager:
             sums = chunk_mass(q, pos, tail, whole, tuple(powers.values()))
         else:
@@ -172,7 +198,7 @@ class BudgetedCache(Cache):
         self.store.move(row, max(2, int(row.max()) + 1, int(bounded.max()) + 1))
 
     def used(self) -> int:
-        small = sum(t.nbytes for t in (self.recent, self.ring, self.origin, self.listed, self.owner, self.table))
+        small = sum(t.nbytes for t in (self.recent, self.ring, self.origin, self.listed, self.owner, self.table, self.spans))
         kept = sum(getattr(self.store, name) is not None for name in MASSES)
         mass = 4 * kept * self.store.k.shape[1] * int((self.store.pos >= 0).sum())
         mass += sum(new.nbytes for name in MASSES if (new := getattr(self, name)) is not None)

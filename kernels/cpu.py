@@ -1,0 +1,133 @@
+"""Attention over slots on CPUs by slot_attention.cpp, which is compiled when it is first needed and kept between runs.
+
+    slot_attention(q, q_pos, slots)   what a query sees of a dense store: output and log-sum-exp
+    page_attention(q, q_pos, pages)   the same of pages
+    slot_mass, page_mass              the probability that slots received
+
+They are PyTorch operators (torch.ops.zoo.*), so that a compiled step stays one graph. The machine code is for this very processor. Where
+there is no compiler, `ready` says so once, and attention runs through PyTorch's own kernels.
+
+Letters: B batch, H query heads, G key/value heads, T new tokens, S slots, D head size; shapes as in zoo/attention/slots.py.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("zoo")
+
+SOURCE = Path(__file__).with_name("slot_attention.cpp")
+FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared"]
+FEW = 16  # query rows of a kv head up to which keys are read as they lie; in slot_attention.cpp, too
+WIDEST = 256  # head size
+
+
+def covers(device: torch.device, dtype: torch.dtype, head_dim: int, rows: int) -> bool:
+    """Whether the kernels are made for this: `rows` is T H / G. Many rows need bfloat16 and AVX-512, whose GEMM they use."""
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float32) or head_dim % 16 or head_dim > WIDEST:
+        return False
+    return rows <= FEW or (dtype == torch.bfloat16 and "AVX512" in torch.backends.cpu.get_cpu_capability().upper())
+
+
+@functools.cache
+def ready(folder: Path) -> bool:
+    """Whether the kernels are loaded; compiles them into `folder` where that has not happened yet. Says why not, once."""
+    try:
+        torch.ops.load_library(build(folder))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as e:
+        why = getattr(e, "stderr", None) or str(e)
+        log.warning("the CPU kernels cannot be used (%s); attention runs through PyTorch's own", why.strip().partition("\n")[0])
+        return False
+    declare()
+    return True
+
+
+def build(folder: Path) -> Path:
+    """The library's file. Raises OSError where there is no compiler or the folder cannot be written, CalledProcessError with the
+    compiler's words."""
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    if not compiler or not shutil.which(compiler[0]):
+        raise OSError("no C++ compiler: install g++")
+    if sys.platform != "linux":
+        raise OSError(f"they are built on Linux only, not on {sys.platform}")
+    root = Path(torch.__file__).parent
+    about = [SOURCE.read_text(), torch.__version__, processor(), *compiler, *FLAGS]
+    library = folder / f"slot_attention-{hashlib.sha256(chr(0).join(about).encode()).hexdigest()[:16]}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        part = library.with_suffix(f".{os.getpid()}.tmp")
+        paths = [f"-I{root / 'include'}", f"-L{root / 'lib'}", "-ltorch_cpu", "-ltorch"]
+        try:
+            subprocess.run([*compiler, *FLAGS, str(SOURCE), "-o", str(part), *paths], check=True, capture_output=True, text=True)
+            os.replace(part, library)
+        finally:
+            part.unlink(missing_ok=True)
+    return library
+
+
+def processor() -> str:
+    """What -march=native depends on."""
+    try:
+        return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def declare() -> None:
+    """What the operators return, for tracing."""
+
+    def both(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+    for name in ("slot_attention", "page_attention"):
+        torch.library.register_fake(f"zoo::{name}", both)
+    def sums(q: Tensor, *shape: Any) -> tuple[Tensor, Tensor]:
+        return q.new_empty(shape, dtype=torch.float32), q.new_empty(shape, dtype=torch.float32)
+
+    torch.library.register_fake("zoo::slot_mass", lambda q, at, k, *rest: sums(q, *k.shape[:3]))
+    torch.library.register_fake("zoo::page_mass", lambda q, at, k, pos, a, listed, *rest: sums(q, listed.shape[0], k.shape[1]))
+
+
+def slot_attention(q: Tensor, q_pos: Tensor, slots: Any) -> tuple[Tensor, Tensor]:
+    """q (B, H, T, D) at q_pos (B, T), `Slots` without separate denominator weights -> out (B, H, T, D) in q's dtype, 0 where nothing is
+    seen, and the log-sum-exp (B, H, T) float32, -inf there."""
+    return torch.ops.zoo.slot_attention(
+        q.contiguous(), q_pos.contiguous(), slots.k, slots.v, slots.pos.to(torch.int32), slots.a, slots.window or 0
+    )
+
+
+def page_attention(q: Tensor, q_pos: Tensor, slots: Any, spans: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for `PagedSlots`. spans (B G, 3) int32: a head's first page, how many it owns, where they begin in the list of pages."""
+    return torch.ops.zoo.page_attention(
+        q.contiguous(), q_pos.contiguous(), slots.k, slots.v, slots.pos, slots.a, spans, slots.window or 0
+    )
+
+
+def slot_mass(q: Tensor, q_pos: Tensor, slots: Any, lse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The probability exp(score - lse) that each slot received, summed over queries and the group's query heads, each times its weight
+    (B, T) float32, and the same of its square: (B, G, S) float32 each. lse (B, H, T) is that of all slots."""
+    return torch.ops.zoo.slot_mass(
+        q.contiguous(), q_pos.contiguous(), slots.k, slots.pos.to(torch.int32), slots.a, lse.contiguous(), weight.contiguous(),
+        slots.window or 0,
+    )  # fmt: skip
+
+
+def page_mass(q: Tensor, q_pos: Tensor, slots: Any, spans: Tensor, lse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for `PagedSlots`: (N, PAGE) float32 each, for the N pages that are listed."""
+    return torch.ops.zoo.page_mass(
+        q.contiguous(), q_pos.contiguous(), slots.k, slots.pos, slots.a, slots.pages, spans, lse.contiguous(), weight.contiguous(),
+        slots.window or 0,
+    )  # fmt: skip

@@ -1,0 +1,705 @@
+// Attention over slots on CPUs: the formula of zoo/attention/slots.py, one softmax (a = b), sums in float32.
+//
+//   few rows (a decode step): every key and value is read once per kv head, by whichever thread is free: heads are cut into
+//   chunks of CHUNK slots, each a sum of its own, and the chunks of a head are added up at the end.
+//   many rows (a prompt), bfloat16: blocks of ROWS query rows x COLUMNS slots that stay in a core's cache, their two products by
+//   oneDNN's batch-reduce GEMM (AMX or AVX-512 where the machine has it), softmax online. Blocks that no query may see are skipped.
+//
+// A head is a run of consecutive rows: of a dense store (B, G, S, D), or of an arena of pages.
+// Vectors are the compiler's own, so that the file compiles for any machine; positions are compared, never indices.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <c10/util/BFloat16.h>
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace at::native::cpublas {  // from PyTorch's library; C (M, N) = A (M, K) B (K, N), or C +=. B holds pairs of rows side by side
+void brgemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add, const c10::BFloat16* A,
+            const c10::BFloat16* B, float* C, bool is_vnni);
+void brgemm_release(bool is_vnni);
+}  // namespace at::native::cpublas
+
+namespace {
+
+using torch::stable::Tensor;
+using bf16 = c10::BFloat16;
+
+constexpr float NONE = -std::numeric_limits<float>::infinity();
+constexpr int64_t CHUNK = 512;    // slots of a decode task
+constexpr int64_t BLOCK = 64;     // slots whose scores are held at a time in a decode task: their keys stay in the first cache
+constexpr int64_t ROWS = 128;     // query rows of a prompt's block
+constexpr int64_t COLUMNS = 256;  // slots of a prompt's block
+
+// Vectors of 16 floats
+
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef uint16_t vh __attribute__((vector_size(32)));
+
+inline vf load(const float* p) {
+  vf x;
+  std::memcpy(&x, p, 64);
+  return x;
+}
+inline vf load(const bf16* p) {
+  vh x;
+  std::memcpy(&x, p, 32);
+  return (vf)(__builtin_convertvector(x, vu) << 16);
+}
+inline void store(float* p, vf x) { std::memcpy(p, &x, 64); }
+inline void store(bf16* p, vf x) {  // rounded to nearest, ties to even
+  vu u = (vu)x;
+  u = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  vh h = __builtin_convertvector(u, vh);
+  std::memcpy(p, &h, 32);
+}
+inline vf all(float x) { return vf{} + x; }
+inline vf larger(vf x, vf y) { return x > y ? x : y; }
+template <class F>
+inline float fold(vf x, F f) {
+  typedef float v8 __attribute__((vector_size(32)));
+  typedef float v4 __attribute__((vector_size(16)));
+  v8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7), b = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+  v8 c = f(a, b);
+  v4 d = f(__builtin_shufflevector(c, c, 0, 1, 2, 3), __builtin_shufflevector(c, c, 4, 5, 6, 7));
+  v4 e = f(d, __builtin_shufflevector(d, d, 2, 3, 0, 1));
+  v4 g = f(e, __builtin_shufflevector(e, e, 1, 0, 3, 2));
+  return g[0];
+}
+inline float sum(vf x) {
+  return fold(x, [](auto a, auto b) { return a + b; });
+}
+inline void sums(const vf x[4], float* to) {  // of four vectors, together
+  vf a = __builtin_shufflevector(x[0], x[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+         __builtin_shufflevector(x[0], x[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  vf b = __builtin_shufflevector(x[2], x[3], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+         __builtin_shufflevector(x[2], x[3], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  vf c = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+         __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+  c += __builtin_shufflevector(c, c, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  c += __builtin_shufflevector(c, c, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  for (int i = 0; i < 4; i++) to[i] = c[4 * i];
+}
+inline float top(vf x) {
+  return fold(x, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// exp(x) for x <= 0, within 2 units in the last place; 0 below -87. x = n ln 2 + r, exp(r) by its Taylor series to r^7.
+inline vf exponential(vf x) {
+  const vf shift = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  vf n = (x * all(1.44269504f) + shift) - shift;
+  vf r = x - n * all(0.693359375f) + n * all(2.12194440e-4f);  // ln 2 in two parts
+  vf p = all(1.0f / 5040);
+  p = p * r + all(1.0f / 720);
+  p = p * r + all(1.0f / 120);
+  p = p * r + all(1.0f / 24);
+  p = p * r + all(1.0f / 6);
+  p = p * r + all(0.5f);
+  p = p * r + all(1.0f);
+  p = p * r + all(1.0f);
+  vi e = (__builtin_convertvector(n, vi) + 127) << 23;
+  vf y = p * (vf)e;
+  return x > all(-87.0f) ? y : vf{};
+}
+
+// What a kv head's rows look like
+
+struct Head {
+  const void *k, *v;
+  const int32_t* pos;
+  const float* a;
+  int64_t slots, row;  // row: numbers from one key (or value) to the next
+};
+
+struct Call {
+  int64_t B, H, G, T, D, window;
+  bool low;  // bfloat16, else float32
+  const void* q;
+  int64_t qb, qh, qt;
+  const int64_t* at;  // (B, T) contiguous
+  void* out;
+  float* lse;
+  std::vector<Head> heads;  // B G
+  int64_t rows() const { return H / G * T; }
+};
+
+inline bool sees(int32_t pos, int64_t at, int64_t window) { return pos >= 0 && pos <= at && (!window || pos > at - window); }
+
+template <class K>
+const K* query(const Call& c, int64_t head, int64_t row) {  // row r T + t of a kv head
+  int64_t b = head / c.G, h = head % c.G * (c.H / c.G) + row / c.T;
+  return static_cast<const K*>(c.q) + b * c.qb + h * c.qh + row % c.T * c.qt;
+}
+
+template <class K>
+void finish(const Call& c, int64_t head, int64_t row, const float* num, float max, float den) {
+  int64_t at = head * c.rows() + row;  // the H query heads of a sequence are its G kv heads' rows, in order
+  c.lse[at] = den > 0 ? max + std::log(den) : NONE;
+  K* to = static_cast<K*>(c.out) + at * c.D;
+  float scale = den > 0 ? 1 / den : 0;
+  for (int64_t d = 0; d < c.D; d += 16) store(to + d, load(num + d) * scale);
+}
+
+struct Seen {  // of a block of slots: positions of what it holds, and whether all of them hold something
+  int64_t low, high;
+  bool whole;
+  bool hidden(int64_t first, int64_t last, int64_t window) const {  // from all queries at first..last
+    return high < 0 || low > last || (window && high <= first - window);
+  }
+  bool open(int64_t at, int64_t window) const { return whole && high <= at && !(window && low <= at - window); }  // to a query, whole
+};
+
+Seen look(const int32_t* pos, int64_t count, int64_t wanted) {
+  uint32_t low = 0xffffffff, last = 0;
+  int32_t high = -1;
+  for (int64_t j = 0; j < count; j++) {
+    low = std::min(low, uint32_t(pos[j])), last = std::max(last, uint32_t(pos[j]));  // an empty slot's -1 is the largest
+    high = std::max(high, pos[j]);
+  }
+  return {low, high, last < 0x80000000 && count == wanted};
+}
+
+// Few rows
+
+template <class K, int N>
+void score(const K* q, const K* k, int64_t row, int64_t D, float* out) {  // N rows of q (N, D) with 4 keys: out (N, BLOCK)
+  vf acc[N][4] = {};
+  int64_t d = 0;
+#ifdef __AVX512BF16__
+  if constexpr (sizeof(K) == 2)  // products of pairs, exact, and their sum at once
+    for (; d + 32 <= D; d += 32)
+      for (int i = 0; i < 4; i++) {
+        const __m512bh x = (__m512bh)_mm512_loadu_si512(k + i * row + d);
+        for (int n = 0; n < N; n++)
+          acc[n][i] = (vf)_mm512_dpbf16_ps((__m512)acc[n][i], (__m512bh)_mm512_loadu_si512(q + n * D + d), x);
+      }
+#endif
+  for (; d < D; d += 16)
+    for (int i = 0; i < 4; i++) {
+      vf x = load(k + i * row + d);
+      for (int n = 0; n < N; n++) acc[n][i] += load(q + n * D + d) * x;
+    }
+  for (int n = 0; n < N; n++) sums(acc[n], out + n * BLOCK);
+}
+
+inline void fetch(const void* row, int64_t bytes) {  // a row that is read soon
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
+}
+
+// What comes next is fetched meanwhile: the processor's own prefetching gives up at every jump between keys and values.
+template <class K>
+void scores(const K* q, int64_t M, const K* k, const K* next, int64_t stride, int64_t count, int64_t D, float* out) {  // q k / sqrt(D): (M, BLOCK)
+  float* const first = out;
+  for (int64_t m = 0; m < M; m += 4, q += 4 * D, out += 4 * BLOCK)
+    for (int64_t j = 0; j < count; j += count < 4 ? 1 : 4) {  // with fewer than four keys, each four times: the last writes count
+      const int64_t at = count < 4 ? j : std::min(j, count - 4), row = count < 4 ? 0 : stride;
+      const K* from = k + at * stride;
+      if (m == 0)
+        for (int64_t i = 0; i < 4 && j + i < count; i++) fetch(next + (j + i) * stride, D * sizeof(K));
+      switch (std::min<int64_t>(4, M - m)) {
+        case 1: score<K, 1>(q, from, row, D, out + at); break;
+        case 2: score<K, 2>(q, from, row, D, out + at); break;
+        case 3: score<K, 3>(q, from, row, D, out + at); break;
+        default: score<K, 4>(q, from, row, D, out + at);
+      }
+    }
+  const float scale = 1 / std::sqrt(float(D));
+  for (int64_t i = 0; i < M * BLOCK; i += 16) store(first + i, load(first + i) * scale);
+}
+
+template <class K, int N>
+void add(float* num, const K* v, const K* next, int64_t row, int64_t D, const float* p, int64_t count) {  // num (N, D) += p (N, count) v (count, D)
+  for (int64_t d = 0; d < D; d += 32) {
+    bool two = d + 32 <= D;
+    vf left[N], right[N];
+    for (int n = 0; n < N; n++) left[n] = load(num + n * D + d), right[n] = two ? load(num + n * D + d + 16) : vf{};
+    for (int64_t j = 0; j < count; j++) {
+      fetch(next + j * row + d, 32 * sizeof(K));
+      vf x = load(v + j * row + d), y = two ? load(v + j * row + d + 16) : vf{};
+      for (int n = 0; n < N; n++) left[n] += x * p[n * BLOCK + j], right[n] += y * p[n * BLOCK + j];
+    }
+    for (int n = 0; n < N; n++) {
+      store(num + n * D + d, left[n]);
+      if (two) store(num + n * D + d + 16, right[n]);
+    }
+  }
+}
+
+template <class K>
+void read_queries(const Call& c, int64_t head, K* q) {  // (M, D)
+  for (int64_t m = 0; m < c.rows(); m++) std::memcpy(q + m * c.D, query<K>(c, head, m), c.D * sizeof(K));
+}
+
+template <class K>
+void few(const Call& c) {
+  const int64_t M = c.rows(), D = c.D;
+  std::vector<std::pair<int64_t, int64_t>> tasks;  // (head, first slot)
+  std::vector<int64_t> begin;
+  for (int64_t head = 0; head < c.B * c.G; head++) {
+    begin.push_back(tasks.size());
+    for (int64_t s = 0; s < c.heads[head].slots; s += CHUNK) tasks.emplace_back(head, s);
+  }
+  begin.push_back(tasks.size());
+  const int64_t width = D + 2;
+  std::vector<float> parts(tasks.size() * M * width);  // per task and row: num (D), maximum, denominator
+#pragma omp parallel
+  {
+    std::vector<K> q(M * D);
+    std::vector<float> p(M * BLOCK);
+    int64_t have = -1;
+#pragma omp for schedule(dynamic)
+    for (size_t i = 0; i < tasks.size(); i++) {
+      auto [head, first] = tasks[i];
+      const Head& h = c.heads[head];
+      const int64_t* at = c.at + head / c.G * c.T;
+      if (have != head) read_queries(c, head, q.data()), have = head;
+      const int64_t low = *std::min_element(at, at + c.T), high = *std::max_element(at, at + c.T);
+      float* part = &parts[i * M * width];
+      std::vector<float> num(M * D);
+      for (int64_t m = 0; m < M; m++) part[m * width + D] = NONE, part[m * width + D + 1] = 0;
+      for (int64_t s = first, end = std::min(first + CHUNK, h.slots); s < end; s += BLOCK) {
+        const int64_t count = std::min(BLOCK, end - s);
+        const K *k = static_cast<const K*>(h.k) + s * h.row, *v = static_cast<const K*>(h.v) + s * h.row;
+        const Seen seen = look(h.pos + s, count, BLOCK);
+        if (seen.hidden(low, high, c.window)) continue;
+        scores(q.data(), M, k, v, h.row, count, D, p.data());
+        for (int64_t m = 0; m < M; m++) {
+          float *x = &p[m * BLOCK], *max = &part[m * width + D], *den = max + 1;
+          if (h.a)
+            for (int64_t j = 0; j < count; j++) x[j] += h.a[s + j];
+          if (!seen.open(at[m % c.T], c.window)) {
+            for (int64_t j = 0; j < count; j++)
+              if (!sees(h.pos[s + j], at[m % c.T], c.window)) x[j] = NONE;
+            for (int64_t j = count; j < BLOCK; j++) x[j] = NONE;
+          }
+          vf high = load(x);
+          for (int64_t j = 16; j < BLOCK; j += 16) high = larger(high, load(x + j));
+          const float new_max = std::max(*max, top(high));
+          if (new_max == NONE) {
+            std::fill(x, x + BLOCK, 0.f);
+            continue;
+          }
+          if (new_max > *max) {
+            const float shrink = std::exp(*max - new_max);
+            *den *= shrink, *max = new_max;
+            for (int64_t d = 0; d < D; d += 16) store(&num[m * D + d], load(&num[m * D + d]) * shrink);
+          }
+          vf total = {};
+          for (int64_t j = 0; j < BLOCK; j += 16) {
+            vf e = exponential(load(x + j) - new_max);
+            store(x + j, e);
+            total += e;
+          }
+          *den += sum(total);
+        }
+        for (int64_t m = 0; m < M; m += 4) {
+          switch (std::min<int64_t>(4, M - m)) {
+            case 1: add<K, 1>(&num[m * D], v, k + BLOCK * h.row, h.row, D, &p[m * BLOCK], count); break;
+            case 2: add<K, 2>(&num[m * D], v, k + BLOCK * h.row, h.row, D, &p[m * BLOCK], count); break;
+            case 3: add<K, 3>(&num[m * D], v, k + BLOCK * h.row, h.row, D, &p[m * BLOCK], count); break;
+            default: add<K, 4>(&num[m * D], v, k + BLOCK * h.row, h.row, D, &p[m * BLOCK], count);
+          }
+        }
+      }
+      for (int64_t m = 0; m < M; m++) std::copy_n(&num[m * D], D, part + m * width);
+    }
+#pragma omp for
+    for (int64_t row = 0; row < c.B * c.G * M; row++) {
+      const int64_t head = row / M, m = row % M;
+      float max = NONE, den = 0;
+      std::vector<float> num(D);
+      for (int64_t i = begin[head]; i < begin[head + 1]; i++) max = std::max(max, parts[(i * M + m) * width + D]);
+      for (int64_t i = begin[head]; i < begin[head + 1] && max > NONE; i++) {
+        const float *part = &parts[(i * M + m) * width], weight = std::exp(part[D] - max);
+        den += weight * part[D + 1];
+        for (int64_t d = 0; d < D; d += 16) store(&num[d], load(&num[d]) + load(part + d) * weight);
+      }
+      finish<K>(c, head, m, num.data(), max, den);
+    }
+  }
+}
+
+// Many rows, bfloat16
+
+inline uint32_t pair(const bf16* low, const bf16* high) { return uint32_t(low->x) | uint32_t(high->x) << 16; }
+
+// k (count, D) -> its transpose in pairs: (D / 2, COLUMNS) of two numbers each; columns beyond count are 0
+void pack_keys(const bf16* k, int64_t row, int64_t count, int64_t D, uint32_t* to) {
+  for (int64_t j = 0; j < COLUMNS; j++) {
+    if (j < count) {
+      uint32_t pairs[128];
+      std::memcpy(pairs, k + j * row, D * 2);
+      for (int64_t d = 0; d < D / 2; d++) to[d * COLUMNS + j] = pairs[d];
+    } else {
+      for (int64_t d = 0; d < D / 2; d++) to[d * COLUMNS + j] = 0;
+    }
+  }
+}
+
+// v (count, D) in pairs of rows: (COLUMNS / 2, D) of two numbers each
+void pack_values(const bf16* v, int64_t row, int64_t count, int64_t D, uint32_t* to) {
+  static const bf16 zeros[256] = {};
+  for (int64_t j = 0; j < COLUMNS; j += 2) {
+    const bf16 *x = j < count ? v + j * row : zeros, *y = j + 1 < count ? v + (j + 1) * row : zeros;
+    for (int64_t d = 0; d < D; d++) to[j / 2 * D + d] = pair(x + d, y + d);
+  }
+}
+
+struct Packed {  // a head's blocks of keys and values as the GEMM wants them
+  std::vector<uint32_t> k, v;
+  std::vector<Seen> seen;
+};
+
+// x (rows, COLUMNS) = q k of a block: log-weights are added, in units of 1 / scale, and what a query may not see becomes -inf
+void mask(float* x, const Head& h, int64_t s, int64_t count, const int64_t* at, int64_t rows, int64_t window, const Seen& seen,
+          float scale) {
+  for (int64_t m = 0; m < rows; m++, x += COLUMNS) {
+    if (h.a)
+      for (int64_t j = 0; j < count; j++) x[j] += h.a[s + j] / scale;
+    if (!seen.open(at[m], window)) {
+      for (int64_t j = 0; j < count; j++)
+        if (!sees(h.pos[s + j], at[m], window)) x[j] = NONE;
+      for (int64_t j = count; j < COLUMNS; j++) x[j] = NONE;
+    }
+  }
+}
+
+void many(const Call& c) {
+  const int64_t M = c.rows(), D = c.D, tiles = (M + ROWS - 1) / ROWS, heads = c.B * c.G;
+  const float scale = 1 / std::sqrt(float(D));
+  std::vector<Packed> packed(heads);
+  for (int64_t head = 0; head < heads; head++) {
+    const int64_t n = (c.heads[head].slots + COLUMNS - 1) / COLUMNS;
+    packed[head].k.resize(n * D / 2 * COLUMNS), packed[head].v.resize(n * COLUMNS / 2 * D), packed[head].seen.resize(n);
+  }
+#pragma omp parallel
+  {
+    std::vector<float> x(ROWS * COLUMNS), num(ROWS * D), max(ROWS), den(ROWS);
+    std::vector<bf16> p(ROWS * COLUMNS), q(ROWS * D);
+    std::vector<int64_t> at(ROWS);
+    for (int64_t head = 0; head < heads; head++) {
+      const Head& h = c.heads[head];
+      Packed& to = packed[head];
+#pragma omp for nowait
+      for (int64_t i = 0; i < int64_t(to.seen.size()); i++) {
+        const int64_t s = i * COLUMNS, count = std::min(COLUMNS, h.slots - s);
+        pack_keys(static_cast<const bf16*>(h.k) + s * h.row, h.row, count, D, &to.k[i * D / 2 * COLUMNS]);
+        pack_values(static_cast<const bf16*>(h.v) + s * h.row, h.row, count, D, &to.v[i * COLUMNS / 2 * D]);
+        to.seen[i] = look(h.pos + s, count, COLUMNS);
+      }
+    }
+#pragma omp barrier
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < heads * tiles; task++) {
+      const int64_t head = task % heads, first = (tiles - 1 - task / heads) * ROWS, rows = std::min(ROWS, M - first);
+      const Head& h = c.heads[head];
+      int64_t low = std::numeric_limits<int64_t>::max(), high = -1;
+      for (int64_t m = 0; m < ROWS; m++) {
+        if (m < rows) {
+          std::memcpy(&q[m * D], query<bf16>(c, head, first + m), D * 2);
+          at[m] = c.at[head / c.G * c.T + (first + m) % c.T];
+          if (at[m] >= 0) low = std::min(low, at[m]), high = std::max(high, at[m]);
+        } else {
+          std::fill_n(&q[m * D], D, bf16(0.f));
+        }
+      }
+      std::fill(num.begin(), num.end(), 0.f), std::fill(max.begin(), max.end(), NONE), std::fill(den.begin(), den.end(), 0.f);
+      for (size_t i = 0; i < packed[head].seen.size(); i++) {
+        const Seen& seen = packed[head].seen[i];
+        if (seen.hidden(low, high, c.window)) continue;
+        const int64_t s = i * COLUMNS, count = std::min(COLUMNS, h.slots - s);
+        at::native::cpublas::brgemm(ROWS, COLUMNS, D, D, COLUMNS, COLUMNS, false, q.data(),
+                                    reinterpret_cast<const bf16*>(&packed[head].k[i * D / 2 * COLUMNS]), x.data(), true);
+        mask(x.data(), h, s, count, at.data(), rows, c.window, seen, scale);
+        for (int64_t m = 0; m < rows; m++) {
+          float* row = &x[m * COLUMNS];
+          vf high4[4] = {load(row), load(row + 16), load(row + 32), load(row + 48)};
+          for (int64_t j = 64; j < COLUMNS; j += 64)
+            for (int n = 0; n < 4; n++) high4[n] = larger(high4[n], load(row + j + 16 * n));
+          const float new_max = std::max(max[m], top(larger(larger(high4[0], high4[1]), larger(high4[2], high4[3]))));
+          if (new_max > max[m]) {
+            const float shrink = std::exp((max[m] - new_max) * scale);
+            den[m] *= shrink, max[m] = new_max;
+            for (int64_t d = 0; d < D; d += 16) store(&num[m * D + d], load(&num[m * D + d]) * shrink);
+          }
+          const float base = new_max == NONE ? 0 : new_max;
+          vf total[2] = {};
+          for (int64_t j = 0; j < COLUMNS; j += 32)
+            for (int n = 0; n < 2; n++) {
+              vf e = exponential((load(row + j + 16 * n) - base) * scale);
+              store(&p[m * COLUMNS + j + 16 * n], e);
+              total[n] += e;
+            }
+          den[m] += sum(total[0] + total[1]);
+        }
+        at::native::cpublas::brgemm(ROWS, D, COLUMNS, COLUMNS, D, D, true, p.data(),
+                                    reinterpret_cast<const bf16*>(&packed[head].v[i * COLUMNS / 2 * D]), num.data(), true);
+      }
+      for (int64_t m = 0; m < rows; m++) finish<bf16>(c, head, first + m, &num[m * D], max[m] * scale, den[m]);
+    }
+    at::native::cpublas::brgemm_release(true);
+  }
+}
+
+// The probability that slots receive: exp(score - lse), to the powers 1 and 2, summed over queries
+
+struct Sums {
+  const float *weight, *lse;    // (B, T): how much a query counts; (B, H, T): its log-sum-exp over all slots
+  std::vector<float*> mass, spikes;  // of each head
+};
+
+template <class K>
+void few_mass(const Call& c, const Sums& to) {
+  const int64_t M = c.rows(), D = c.D;
+  std::vector<std::pair<int64_t, int64_t>> tasks;
+  for (int64_t head = 0; head < c.B * c.G; head++)
+    for (int64_t s = 0; s < c.heads[head].slots; s += BLOCK) tasks.emplace_back(head, s);
+#pragma omp parallel
+  {
+    std::vector<K> q(M * D);
+    std::vector<float> p(M * BLOCK);
+    int64_t have = -1;
+#pragma omp for schedule(static)
+    for (size_t i = 0; i < tasks.size(); i++) {
+      auto [head, s] = tasks[i];
+      const Head& h = c.heads[head];
+      const int64_t count = std::min(BLOCK, h.slots - s), *at = c.at + head / c.G * c.T;
+      if (have != head) read_queries(c, head, q.data()), have = head;
+      const K* k = static_cast<const K*>(h.k) + s * h.row;
+      scores(q.data(), M, k, k + BLOCK * h.row, h.row, count, D, p.data());
+      for (int64_t m = 0; m < M; m++) {
+        const float weight = to.weight[head / c.G * c.T + m % c.T], lse = to.lse[head * M + m];
+        if (weight == 0 || lse == NONE) continue;
+        float* x = &p[m * BLOCK];
+        for (int64_t j = 0; j < count; j++)
+          x[j] = sees(h.pos[s + j], at[m % c.T], c.window) ? x[j] + (h.a ? h.a[s + j] : 0) - lse : NONE;
+        for (int64_t j = 0; j < BLOCK; j += 16) store(x + j, exponential(load(x + j)));
+        for (int64_t j = 0; j < count; j++) {
+          to.mass[head][s + j] += weight * x[j];
+          to.spikes[head][s + j] += weight * x[j] * x[j];
+        }
+      }
+    }
+  }
+}
+
+void many_mass(const Call& c, const Sums& to) {
+  const int64_t M = c.rows(), D = c.D, tiles = (M + ROWS - 1) / ROWS;
+  const float scale = 1 / std::sqrt(float(D));
+  std::vector<std::pair<int64_t, int64_t>> tasks;
+  for (int64_t s = 0, most = 1; s < most; s += COLUMNS)
+    for (int64_t head = 0; head < c.B * c.G; head++) {
+      most = std::max(most, c.heads[head].slots);
+      if (s < c.heads[head].slots) tasks.emplace_back(head, s);
+    }
+#pragma omp parallel
+  {
+    std::vector<float> x(ROWS * COLUMNS), sum(COLUMNS), squares(COLUMNS);
+    std::vector<bf16> q(ROWS * D);
+    std::vector<uint32_t> k(D / 2 * COLUMNS);
+#pragma omp for schedule(dynamic)
+    for (size_t i = 0; i < tasks.size(); i++) {
+      auto [head, s] = tasks[i];
+      const Head& h = c.heads[head];
+      const int64_t count = std::min(COLUMNS, h.slots - s);
+      const Seen seen = look(h.pos + s, count, COLUMNS);
+      if (seen.high < 0) continue;  // nothing here
+      pack_keys(static_cast<const bf16*>(h.k) + s * h.row, h.row, count, D, k.data());
+      std::fill(sum.begin(), sum.end(), 0.f), std::fill(squares.begin(), squares.end(), 0.f);
+      for (int64_t tile = 0; tile < tiles; tile++) {
+        const int64_t first = tile * ROWS, rows = std::min(ROWS, M - first);
+        int64_t at[ROWS], low = std::numeric_limits<int64_t>::max(), high = -1;
+        for (int64_t m = 0; m < ROWS; m++) {
+          if (m < rows) {
+            std::memcpy(&q[m * D], query<bf16>(c, head, first + m), D * 2);
+            at[m] = c.at[head / c.G * c.T + (first + m) % c.T];
+            if (at[m] >= 0) low = std::min(low, at[m]), high = std::max(high, at[m]);
+          } else {
+            std::fill_n(&q[m * D], D, bf16(0.f));
+          }
+        }
+        if (seen.hidden(low, high, c.window)) continue;
+        at::native::cpublas::brgemm(ROWS, COLUMNS, D, D, COLUMNS, COLUMNS, false, q.data(), reinterpret_cast<const bf16*>(k.data()),
+                                    x.data(), true);
+        mask(x.data(), h, s, count, at, rows, c.window, seen, scale);
+        for (int64_t m = 0; m < rows; m++) {
+          const float weight = to.weight[head / c.G * c.T + (first + m) % c.T], lse = to.lse[head * M + first + m];
+          if (weight == 0 || lse == NONE) continue;
+          for (int64_t j = 0; j < COLUMNS; j += 16) {
+            vf e = exponential(load(&x[m * COLUMNS + j]) * scale - lse), part = e * weight;
+            store(&sum[j], load(&sum[j]) + part);
+            store(&squares[j], load(&squares[j]) + part * e);
+          }
+        }
+      }
+      for (int64_t j = 0; j < count; j++) {
+        to.mass[head][s + j] = sum[j];
+        to.spikes[head][s + j] = squares[j];
+      }
+    }
+    at::native::cpublas::brgemm_release(true);
+  }
+}
+
+// What PyTorch calls
+
+constexpr int64_t FEW = 16;  // query rows of a kv head up to which keys are best read as they lie
+
+void run(const Call& c) {
+  if (!c.low) {
+    few<float>(c);
+  } else if (c.rows() <= FEW) {
+    few<bf16>(c);
+  } else {
+    many(c);
+  }
+}
+
+void run(const Call& c, const Sums& to, int64_t queries) {  // queries: B T
+  if (std::all_of(to.weight, to.weight + queries, [](float w) { return w == 0; })) return;  // most decode steps are not observed
+  if (!c.low) {
+    few_mass<float>(c, to);
+  } else if (c.rows() <= FEW) {
+    few_mass<bf16>(c, to);
+  } else {
+    many_mass(c, to);
+  }
+}
+
+Call prepare(const Tensor& q, const Tensor& q_pos, int64_t G, int64_t window) {
+  Call c;
+  c.B = q.size(0), c.H = q.size(1), c.T = q.size(2), c.D = q.size(3), c.G = G, c.window = window;
+  c.low = q.scalar_type() == torch::headeronly::ScalarType::BFloat16;
+  STD_TORCH_CHECK(c.low || q.scalar_type() == torch::headeronly::ScalarType::Float, "queries must be bfloat16 or float32");
+  STD_TORCH_CHECK(c.D % 16 == 0 && c.D <= 256, "head sizes must be multiples of 16 up to 256");
+  STD_TORCH_CHECK(q.stride(3) == 1 && q_pos.is_contiguous(), "queries must be contiguous");
+  c.q = q.const_data_ptr(), c.qb = q.stride(0), c.qh = q.stride(1), c.qt = q.stride(2);
+  c.at = static_cast<const int64_t*>(q_pos.const_data_ptr());
+  return c;
+}
+
+template <class K>
+const void* shifted(const Tensor& t, int64_t by) {
+  return static_cast<const K*>(t.const_data_ptr()) + by;
+}
+
+void add_heads(Call& c, const Tensor& k, const Tensor& v, const Tensor& pos, const std::optional<Tensor>& a) {  // a dense store
+  STD_TORCH_CHECK(k.stride(3) == 1 && v.stride(3) == 1 && k.stride(2) == v.stride(2) && pos.stride(2) == 1, "slots must be rows");
+  STD_TORCH_CHECK(!a || a->stride(2) == 1, "log-weights must be rows");
+  const int64_t size = c.low ? 2 : 4;
+  for (int64_t b = 0; b < c.B; b++)
+    for (int64_t g = 0; g < c.G; g++)
+      c.heads.push_back({shifted<char>(k, size * (b * k.stride(0) + g * k.stride(1))),
+                         shifted<char>(v, size * (b * v.stride(0) + g * v.stride(1))),
+                         static_cast<const int32_t*>(shifted<int32_t>(pos, b * pos.stride(0) + (pos.size(1) == 1 ? 0 : g * pos.stride(1)))),
+                         a ? static_cast<const float*>(shifted<float>(*a, b * a->stride(0) + g * a->stride(1))) : nullptr, k.size(2),
+                         k.stride(2)});
+}
+
+// spans (B G, 3): a head's first page in the arena, how many it owns, and where they begin in a list of the layer's pages
+void add_pages(Call& c, const Tensor& k, const Tensor& v, const Tensor& pos, const Tensor& a, const int32_t* spans) {
+  const int64_t size = c.low ? 2 : 4, page = k.size(1);
+  for (int64_t head = 0; head < c.B * c.G; head++) {
+    const int64_t first = spans[3 * head] * page;
+    c.heads.push_back({shifted<char>(k, size * first * c.D), shifted<char>(v, size * first * c.D),
+                       static_cast<const int32_t*>(shifted<int32_t>(pos, first)),
+                       static_cast<const float*>(shifted<float>(a, first)), spans[3 * head + 1] * page, c.D});
+  }
+}
+
+std::tuple<Tensor, Tensor> answer(Call& c, const Tensor& q) {
+  Tensor out = torch::stable::new_empty(q, q.sizes());
+  Tensor lse = torch::stable::new_empty(q, {c.B, c.H, c.T}, torch::headeronly::ScalarType::Float);
+  c.out = out.mutable_data_ptr(), c.lse = static_cast<float*>(lse.mutable_data_ptr());
+  run(c);
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor> slot_attention(Tensor q, Tensor q_pos, Tensor k, Tensor v, Tensor pos, std::optional<Tensor> a,
+                                          int64_t window) {
+  Call c = prepare(q, q_pos, k.size(1), window);
+  add_heads(c, k, v, pos, a);
+  return answer(c, q);
+}
+
+std::tuple<Tensor, Tensor> page_attention(Tensor q, Tensor q_pos, Tensor k, Tensor v, Tensor pos, Tensor a, Tensor spans,
+                                          int64_t window) {
+  Call c = prepare(q, q_pos, spans.size(0) / q.size(0), window);
+  add_pages(c, k, v, pos, a, static_cast<const int32_t*>(spans.const_data_ptr()));
+  return answer(c, q);
+}
+
+// mass and spikes, one after the other, and where each head's begin in them
+std::tuple<Tensor, Tensor> observe(Call& c, const Tensor& q, std::vector<int64_t> size, const std::vector<int64_t>& at, const Tensor& lse,
+                                   const Tensor& weight) {
+  STD_TORCH_CHECK(weight.is_contiguous() && lse.is_contiguous(), "weights and log-sum-exps must be contiguous");
+  const auto type = torch::headeronly::ScalarType::Float;
+  Tensor mass = torch::stable::new_zeros(q, size, type), spikes = torch::stable::new_zeros(q, size, type);
+  Sums to{static_cast<const float*>(weight.const_data_ptr()), static_cast<const float*>(lse.const_data_ptr()), {}, {}};
+  for (int64_t i : at) {
+    to.mass.push_back(static_cast<float*>(mass.mutable_data_ptr()) + i);
+    to.spikes.push_back(static_cast<float*>(spikes.mutable_data_ptr()) + i);
+  }
+  run(c, to, c.B * c.T);
+  return {mass, spikes};
+}
+
+std::tuple<Tensor, Tensor> slot_mass(Tensor q, Tensor q_pos, Tensor k, Tensor pos, std::optional<Tensor> a, Tensor lse, Tensor weight,
+                                     int64_t window) {
+  Call c = prepare(q, q_pos, k.size(1), window);
+  add_heads(c, k, k, pos, a);
+  std::vector<int64_t> at;
+  for (int64_t head = 0; head < c.B * c.G; head++) at.push_back(head * k.size(2));
+  return observe(c, q, {c.B, c.G, k.size(2)}, at, lse, weight);
+}
+
+std::tuple<Tensor, Tensor> page_mass(Tensor q, Tensor q_pos, Tensor k, Tensor pos, Tensor a, Tensor listed, Tensor spans, Tensor lse,
+                                     Tensor weight, int64_t window) {
+  Call c = prepare(q, q_pos, spans.size(0) / q.size(0), window);
+  const int32_t* span = static_cast<const int32_t*>(spans.const_data_ptr());
+  add_pages(c, k, k, pos, a, span);
+  std::vector<int64_t> at;
+  for (int64_t head = 0; head < c.B * c.G; head++) at.push_back(span[3 * head + 2] * k.size(1));
+  return observe(c, q, {listed.size(0), k.size(1)}, at, lse, weight);
+}
+
+STABLE_TORCH_LIBRARY(zoo, m) {
+  // The layout of a store is no business of the compiler's: without this tag, it copies the cache before every call.
+  const std::vector<at::Tag> tags{at::Tag::flexible_layout};
+  m.def("slot_attention(Tensor q, Tensor q_pos, Tensor k, Tensor v, Tensor pos, Tensor? a, int window) -> (Tensor, Tensor)", tags);
+  m.def(
+      "page_attention(Tensor q, Tensor q_pos, Tensor k, Tensor v, Tensor pos, Tensor a, Tensor spans, int window) -> (Tensor, "
+      "Tensor)",
+      tags);
+  m.def(
+      "slot_mass(Tensor q, Tensor q_pos, Tensor k, Tensor pos, Tensor? a, Tensor lse, Tensor weight, int window) -> (Tensor, Tensor)",
+      tags);
+  m.def(
+      "page_mass(Tensor q, Tensor q_pos, Tensor k, Tensor pos, Tensor a, Tensor listed, Tensor spans, Tensor lse, Tensor weight, int "
+      "window) -> (Tensor, Tensor)",
+      tags);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(zoo, CPU, m) {
+  m.impl("slot_attention", TORCH_BOX(&slot_attention));
+  m.impl("page_attention", TORCH_BOX(&page_attention));
+  m.impl("slot_mass", TORCH_BOX(&slot_mass));
+  m.impl("page_mass", TORCH_BOX(&page_mass));
+}
+
+}  // namespace
