@@ -1,8 +1,9 @@
-"""Attention over slots on CPUs by slot_attention.cpp, which is compiled when it is first needed and kept between runs.
+"""Attention over slots on CPUs, and linear layers of a few rows, by slot_attention.cpp, which is compiled when it is first needed and kept between runs.
 
     slot_attention(q, q_pos, slots)   what a query sees of a dense store: output and log-sum-exp
     page_attention(q, q_pos, pages)   the same of pages
     slot_mass, page_mass              the probability that slots received
+    torch.ops.zoo.linear(x, weight)   x (M, K) times weight (N, K) transposed, for up to FEW rows: every weight is read once
 
 They are PyTorch operators (torch.ops.zoo.*), so that a compiled step stays one graph. The machine code is for this very processor. Where
 there is no compiler, `ready` says so once, and attention runs through PyTorch's own kernels.
@@ -33,11 +34,12 @@ SOURCE = Path(__file__).with_name("slot_attention.cpp")
 FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared"]
 FEW = 16  # query rows of a kv head up to which keys are read as they lie; in slot_attention.cpp, too
 WIDEST = 256  # head size
+WORDS = 16  # numbers of a vector: what a row must be a multiple of
 
 
 def covers(device: torch.device, dtype: torch.dtype, head_dim: int, rows: int) -> bool:
     """Whether the kernels are made for this: `rows` is T H / G. Many rows need bfloat16 and AVX-512, whose GEMM they use."""
-    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float32) or head_dim % 16 or head_dim > WIDEST:
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float32) or head_dim % WORDS or head_dim > WIDEST:
         return False
     return rows <= FEW or (dtype == torch.bfloat16 and "AVX512" in torch.backends.cpu.get_cpu_capability().upper())
 
@@ -45,6 +47,8 @@ def covers(device: torch.device, dtype: torch.dtype, head_dim: int, rows: int) -
 @functools.cache
 def ready(folder: Path) -> bool:
     """Whether the kernels are loaded; compiles them into `folder` where that has not happened yet. Says why not, once."""
+    if hasattr(torch.ops.zoo, "slot_attention"):  # loaded already, from another folder; twice would end the process
+        return True
     try:
         torch.ops.load_library(build(folder))
     except (OSError, RuntimeError, subprocess.SubprocessError) as e:
@@ -97,6 +101,7 @@ def declare() -> None:
     def sums(q: Tensor, *shape: Any) -> tuple[Tensor, Tensor]:
         return q.new_empty(shape, dtype=torch.float32), q.new_empty(shape, dtype=torch.float32)
 
+    torch.library.register_fake("zoo::linear", lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]))
     torch.library.register_fake("zoo::slot_mass", lambda q, at, k, *rest: sums(q, *k.shape[:3]))
     torch.library.register_fake("zoo::page_mass", lambda q, at, k, pos, a, listed, *rest: sums(q, listed.shape[0], k.shape[1]))
 

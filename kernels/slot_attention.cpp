@@ -201,15 +201,14 @@ inline void fetch(const void* row, int64_t bytes) {  // a row that is read soon
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
 }
 
-// What comes next is fetched meanwhile: the processor's own prefetching gives up at every jump between keys and values.
+// `next`, if given, is fetched meanwhile: the processor's own prefetching gives up at every jump between keys and values.
 template <class K>
-void scores(const K* q, int64_t M, const K* k, const K* next, int64_t stride, int64_t count, int64_t D, float* out) {  // q k / sqrt(D): (M, BLOCK)
-  float* const first = out;
+void products(const K* q, int64_t M, const K* k, const K* next, int64_t stride, int64_t count, int64_t D, float* out) {  // (M, BLOCK)
   for (int64_t m = 0; m < M; m += 4, q += 4 * D, out += 4 * BLOCK)
     for (int64_t j = 0; j < count; j += count < 4 ? 1 : 4) {  // with fewer than four keys, each four times: the last writes count
       const int64_t at = count < 4 ? j : std::min(j, count - 4), row = count < 4 ? 0 : stride;
       const K* from = k + at * stride;
-      if (m == 0)
+      if (m == 0 && next)
         for (int64_t i = 0; i < 4 && j + i < count; i++) fetch(next + (j + i) * stride, D * sizeof(K));
       switch (std::min<int64_t>(4, M - m)) {
         case 1: score<K, 1>(q, from, row, D, out + at); break;
@@ -218,8 +217,13 @@ void scores(const K* q, int64_t M, const K* k, const K* next, int64_t stride, in
         default: score<K, 4>(q, from, row, D, out + at);
       }
     }
+}
+
+template <class K>
+void scores(const K* q, int64_t M, const K* k, const K* next, int64_t stride, int64_t count, int64_t D, float* out) {  // q k / sqrt(D)
+  products(q, M, k, next, stride, count, D, out);
   const float scale = 1 / std::sqrt(float(D));
-  for (int64_t i = 0; i < M * BLOCK; i += 16) store(first + i, load(first + i) * scale);
+  for (int64_t i = 0; i < M * BLOCK; i += 16) store(out + i, load(out + i) * scale);
 }
 
 template <class K, int N>
@@ -556,6 +560,25 @@ void many_mass(const Call& c, const Sums& to) {
   }
 }
 
+// A linear layer for few rows: every weight is read once. x (M, D) contiguous, weight (N, D), out (M, N)
+
+template <class K>
+void few_rows(const K* x, int64_t M, const K* weight, int64_t N, int64_t D, K* out) {
+#pragma omp parallel
+  {
+    std::vector<float> y(M * BLOCK);
+#pragma omp for schedule(static)
+    for (int64_t n = 0; n < N; n += BLOCK) {
+      const int64_t count = std::min(BLOCK, N - n);
+      const K* from = weight + n * D;
+      for (int64_t j = 0; j < count; j += 8)  // eight rows stay in the first cache for all of x
+        products<K>(x, M, from + j * D, nullptr, D, std::min<int64_t>(8, count - j), D, &y[j]);
+      for (int64_t m = 0; m < M; m++)
+        for (int64_t j = 0; j < count; j++) out[m * N + n + j] = y[m * BLOCK + j];
+    }
+  }
+}
+
 // What PyTorch calls
 
 constexpr int64_t FEW = 16;  // query rows of a kv head up to which keys are best read as they lie
@@ -678,6 +701,21 @@ std::tuple<Tensor, Tensor> page_mass(Tensor q, Tensor q_pos, Tensor k, Tensor po
   return observe(c, q, {listed.size(0), k.size(1)}, at, lse, weight);
 }
 
+Tensor linear(Tensor x, Tensor weight) {
+  const int64_t M = x.size(0), D = x.size(1), N = weight.size(0);
+  STD_TORCH_CHECK(x.is_contiguous() && weight.is_contiguous() && weight.size(1) == D && D % 16 == 0, "rows must be contiguous");
+  Tensor out = torch::stable::new_empty(x, {M, N});
+  if (x.scalar_type() == torch::headeronly::ScalarType::BFloat16) {
+    few_rows(static_cast<const bf16*>(x.const_data_ptr()), M, static_cast<const bf16*>(weight.const_data_ptr()), N, D,
+             static_cast<bf16*>(out.mutable_data_ptr()));
+  } else {
+    STD_TORCH_CHECK(x.scalar_type() == torch::headeronly::ScalarType::Float, "numbers must be bfloat16 or float32");
+    few_rows(static_cast<const float*>(x.const_data_ptr()), M, static_cast<const float*>(weight.const_data_ptr()), N, D,
+             static_cast<float*>(out.mutable_data_ptr()));
+  }
+  return out;
+}
+
 STABLE_TORCH_LIBRARY(zoo, m) {
   // The layout of a store is no business of the compiler's: without this tag, it copies the cache before every call.
   const std::vector<at::Tag> tags{at::Tag::flexible_layout};
@@ -693,9 +731,11 @@ STABLE_TORCH_LIBRARY(zoo, m) {
       "page_mass(Tensor q, Tensor q_pos, Tensor k, Tensor pos, Tensor a, Tensor listed, Tensor spans, Tensor lse, Tensor weight, int "
       "window) -> (Tensor, Tensor)",
       tags);
+  m.def("linear(Tensor x, Tensor weight) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(zoo, CPU, m) {
+  m.impl("linear", TORCH_BOX(&linear));
   m.impl("slot_attention", TORCH_BOX(&slot_attention));
   m.impl("page_attention", TORCH_BOX(&page_attention));
   m.impl("slot_mass", TORCH_BOX(&slot_mass));

@@ -1,43 +1,92 @@
-"""What `python -m zoo.bench --peer scripts/peer_transformers.py` compares with: transformers on the same weights."""
+"""What `python -m zoo.bench --peer scripts/peer_transformers.py` compares with: transformers on the same weights.
+
+    transformers          a dynamic cache, eager: what its `generate` does unless told otherwise, without its bookkeeping
+    transformers-static   a static cache and a compiled forward pass (decode only)
+"""
 
 from __future__ import annotations
 
+import copy
+import functools
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
-from transformers.generation.streamers import BaseStreamer
-
-NAME = "transformers"
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 
-def runner(folder: Any, dtype: torch.dtype, ids: list[int], new: int) -> Callable[[], tuple[list[int], float, float]]:
-    """A generation by transformers' `generate` (dynamic cache, eager): -> token ids, seconds to the first token, seconds for the rest."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+@functools.cache
+def model_of(folder: Path, dtype: torch.dtype) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
-    class Clock(BaseStreamer):
-        def __init__(self) -> None:
-            self.times: list[float] = []
 
-        def put(self, value: Any) -> None:
-            self.times.append(time.perf_counter())  # called for the prompt, then for each token
+class Dynamic:
+    def __init__(self, folder: Path, dtype: torch.dtype, threads: int, longest: int) -> None:
+        self.model = model_of(folder, dtype)
+        self.weight_bytes = sum(p.nbytes for p in self.model.parameters())
 
-        def end(self) -> None:
-            pass
+    def ids(self, tokens: int, batch: int) -> Tensor:
+        return torch.randint(0, self.model.config.vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(tokens))
 
-    def run() -> tuple[list[int], float, float]:
-        clock, start = Clock(), time.perf_counter()
+    @torch.no_grad()
+    def read(self, context: int, batch: int) -> Any:
+        return self.model(self.ids(context, batch), past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1).past_key_values
+
+    def decode(self, context: int, batch: int, steps: int) -> Callable[[], float] | None:
+        """All sequences of a batch have the same length: a dynamic cache has no other."""
+        base, after = self.read(context, batch), self.ids(steps + 1, batch)
+
+        @torch.no_grad()
+        def run() -> float:
+            past = copy.deepcopy(base)
+            self.model(after[:, :1], past_key_values=past, use_cache=True)
+            start = time.perf_counter()
+            for t in range(1, steps + 1):
+                self.model(after[:, t : t + 1], past_key_values=past, use_cache=True).logits[:, -1].argmax(-1)
+            return time.perf_counter() - start
+
+        return run
+
+    def prefill(self, context: int, batch: int) -> Callable[[], float] | None:
+        def run() -> float:
+            start = time.perf_counter()
+            self.read(context, batch)
+            return time.perf_counter() - start
+
+        return run
+
+
+class Static(Dynamic):
+    def decode(self, context: int, batch: int, steps: int) -> Callable[[], float] | None:
+        """Later turns write over the rows of the first."""
+        past, after = StaticCache(config=self.model.config, max_cache_len=context + steps + 2), self.ids(steps + 1, batch)
         with torch.no_grad():
-            out = model.generate(
-                torch.tensor([ids]),
-                attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
-                max_new_tokens=new,
-                min_new_tokens=new,
-                do_sample=False,
-                streamer=clock,
-            )
-        return out[0, len(ids) :].tolist(), clock.times[1] - start, clock.times[-1] - clock.times[1]
+            self.model(self.ids(context, batch), past_key_values=past, use_cache=True, logits_to_keep=1)
+        step = torch.compile(self.model.forward, dynamic=False)
 
-    return run
+        @torch.no_grad()
+        def one(t: int) -> None:
+            for layer in past.layers:  # as long as it was: it counts its tokens itself
+                length = layer.cumulative_length
+                layer.cumulative_length = context + t if isinstance(length, int) else length.fill_(context + t)
+            at = torch.full((batch, 1), context + t)
+            out = step(after[:, t : t + 1], past_key_values=past, position_ids=at, cache_position=at[0], use_cache=True)
+            out.logits[:, -1].argmax(-1)
+
+        def run() -> float:
+            one(0)
+            start = time.perf_counter()
+            for t in range(1, steps + 1):
+                one(t)
+            return time.perf_counter() - start
+
+        return run
+
+    def prefill(self, context: int, batch: int) -> None:
+        return None
+
+
+PEERS = {"transformers": Dynamic, "transformers-static": Static}

@@ -28,6 +28,7 @@ def parser(module: str, description: str) -> Parser:
     p.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="the file's own unless given")
     p.add_argument("--device", default="cpu")
     p.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="torch.compile the decode step; auto: where it pays")
+    p.add_argument("--weights", metavar="FORMAT", help="int8: linear layers in another format than the file's (needs the extra `quant`)")
     p.add_argument("--backend", default="auto", help="how attention is computed: auto, eager, sdpa, cpp")
     p.add_argument("--threads", type=int, help="CPU threads; PyTorch's choice unless given")
     p.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
@@ -45,7 +46,15 @@ def load(args: argparse.Namespace) -> LM:
     import zoo
 
     set_threads(args.threads)
-    return zoo.load(args.model, attn=args.attn, dtype=args.dtype, device=args.device, compile=args.compile, backend=args.backend)
+    return zoo.load(
+        args.model,
+        attn=args.attn,
+        dtype=args.dtype,
+        device=args.device,
+        compile=args.compile,
+        backend=args.backend,
+        weights=args.weights,
+    )
 
 
 def set_threads(threads: int | None) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from zoo.attention.cache import Caches, open_dimensions
 from zoo.errors import ZooError
 from zoo.folders import cache_folder
+from zoo.sampling import Choice
 
 log = logging.getLogger("zoo")
 
@@ -49,45 +50,48 @@ class Step:
         if mode not in MODES:
             raise ZooError(f"compile={mode!r} is unknown; choose one of {', '.join(MODES)}")
         self.model, self.mode = model, mode
-        self.compiled: Callable[[Tensor, Tensor, Caches], Tensor] | None = None
-        self.marked: weakref.WeakSet[Caches] = weakref.WeakSet()
+        self.compiled: Callable[[Tensor, Tensor, Caches, Choice | None], Tensor] | None = None
+        self.marked: weakref.WeakKeyDictionary[Caches, set[str | None]] = weakref.WeakKeyDictionary()  # -> kinds of choice it has seen
         self.ran: dict[str, int] = {"compiled": 0, "eager": 0}
         self.description = description
 
-    def eager(self, ids: Tensor, pos: Tensor, cache: Caches) -> Tensor:
-        """ids, pos (B, 1) -> logits (B, V) float32."""
-        return self.model.logits(self.model.hidden(ids, pos, cache))[:, -1]
+    def eager(self, ids: Tensor, pos: Tensor, cache: Caches, choice: Choice | None = None) -> Tensor:
+        """ids, pos (B, 1) -> logits (B, V) float32; with a choice, the next tokens (B,) instead."""
+        logits = self.model.logits(self.model.hidden(ids, pos, cache))[:, -1]
+        return logits if choice is None else choice(logits, pos)
 
-    def note(self, cache: Caches) -> Path:
+    def note(self, cache: Caches, kind: str | None = None) -> Path:
         """A file that says: a step like this was compiled here before, so Inductor's cache is warm."""
         machine = f"{torch.__version__} {torch.get_num_threads()} {torch.backends.cpu.get_cpu_capability()}"
-        about = f"{self.description} {type(cache[0]).__name__} {cache.batch} {machine}"
+        about = f"{self.description} {type(cache[0]).__name__} {cache.batch} {kind} {machine}"
         return inductor_folder() / "zoo-compiled" / hashlib.sha256(about.encode()).hexdigest()[:32]
 
-    def wanted(self, cache: Caches, to_come: int) -> bool:
+    def wanted(self, cache: Caches, to_come: int, kind: str | None = None) -> bool:
         if self.mode != "auto":
             return self.mode == "on"
-        return to_come >= COLD or (to_come >= WARM and self.note(cache).exists())
+        return to_come >= COLD or (to_come >= WARM and self.note(cache, kind).exists())
 
-    def __call__(self, ids: Tensor, pos: Tensor, cache: Caches, to_come: int) -> Tensor:
+    def __call__(self, ids: Tensor, pos: Tensor, cache: Caches, to_come: int, choice: Choice | None = None) -> Tensor:
         """One step. `to_come`: how many tokens are expected to follow, for `auto`."""
-        new = cache not in self.marked
-        if new and not (self.wanted(cache, to_come) and self.prepare()):
+        kind = None if choice is None else choice.sampler.kind
+        new = kind not in self.marked.get(cache, ())
+        if new and not (self.wanted(cache, to_come, kind) and self.prepare()):
             self.ran["eager"] += 1
-            return self.eager(ids, pos, cache)
+            return self.eager(ids, pos, cache, choice)
         assert self.compiled is not None
         try:
-            out = self.first(ids, pos, cache) if new else self.compiled(ids, pos, cache)
+            out = (self.first if new else self.compiled)(ids, pos, cache, choice)
         except Exception as e:  # Dynamo and Inductor raise many kinds; all of them come before the step has touched the cache
             if self.ran["compiled"] or self.mode == "on":
                 raise
             log.warning("torch.compile failed (%s); decoding runs eagerly", str(e).strip().partition("\n")[0])
-            self.mode, self.marked = "off", weakref.WeakSet()
-            return self(ids, pos, cache, to_come)
-        if not self.ran["compiled"]:
+            self.mode, self.marked = "off", weakref.WeakKeyDictionary()
+            return self(ids, pos, cache, to_come, choice)
+        if new:
+            self.marked.setdefault(cache, set()).add(kind)
             try:
-                self.note(cache).parent.mkdir(parents=True, exist_ok=True)
-                self.note(cache).touch()
+                self.note(cache, kind).parent.mkdir(parents=True, exist_ok=True)
+                self.note(cache, kind).touch()
             except OSError:
                 pass  # only the choice of `auto` depends on it
         self.ran["compiled"] += 1
@@ -112,7 +116,7 @@ class Step:
         )
         return True
 
-    def first(self, ids: Tensor, pos: Tensor, cache: Caches) -> Tensor:
+    def first(self, ids: Tensor, pos: Tensor, cache: Caches, choice: Choice | None) -> Tensor:
         """The first step with this cache: the one that may compile. The number of rows of its tensors is left open, so that growing does
         not recompile; Dynamo otherwise takes the shapes of buffers for constants. Nothing else is left open: it would also open whatever
         differs from an earlier method's cache, which nested regions cannot bind."""
@@ -121,9 +125,7 @@ class Step:
             torch._dynamo.maybe_mark_dynamic(t, dim)
         static = ("force_parameter_static_shapes", "force_nn_module_property_static_shapes", "automatic_dynamic_shapes")
         with torch._dynamo.config.patch(dict.fromkeys(static, False)):
-            out = self.compiled(ids, pos, cache)
-        self.marked.add(cache)
-        return out
+            return self.compiled(ids, pos, cache, choice)
 
 
 def worth_checking(kind: str, name: str) -> bool:

@@ -18,7 +18,9 @@ from zoo.attention.cache import Caches
 from zoo.attention.slots import BACKENDS, choose
 from zoo.compiled import Step
 from zoo.errors import ZooError
-from zoo.sampling import Sampler, sampler
+from zoo.models.layers import Linear
+from zoo.quantized import check, quantize
+from zoo.sampling import Choice, Sampler, sampler
 from zoo.tokenizer import Tokenizer
 
 CHUNK = 512  # prompt tokens a model call: long enough for matrix products near their peak, short enough that scores stay small
@@ -65,13 +67,16 @@ class LM:
         self.model, self.config, self.tokenizer = model, model.config, tokenizer
         self.attn, self.end_ids = attn, end_ids
         self.backend = choose(backend, self.device, self.dtype, self.config.head_dim)
-        self.step = Step(model, compile, f"{type(model).__name__} {model.config} {self.dtype} {self.backend}")
+        if self.backend == "cpp":
+            use_kernels(model)
+        kinds = sorted({str(p.dtype) for p in model.parameters()})
+        self.step = Step(model, compile, f"{type(model).__name__} {model.config} {kinds} {self.backend}")
         self.stats = Stats()
         self.cache: Caches | None = None  # of the last generation, for reading
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
     @property
     def device(self) -> torch.device:
@@ -127,16 +132,18 @@ class LM:
         return self.model.logits(last)
 
     @torch.no_grad()
-    def decode_step(self, ids: Tensor | Sequence[int], cache: Caches, pos: Tensor | None = None) -> Tensor:
+    def decode_step(
+        self, ids: Tensor | Sequence[int], cache: Caches, pos: Tensor | None = None, choice: Choice | None = None
+    ) -> Tensor:
         """ids (B,) or (B, 1) int64: the next token of each sequence -> logits (B, V) float32; the compiled form where compile is on.
-        pos (B, 1) -1 leaves a sequence as it is."""
+        pos (B, 1) -1 leaves a sequence as it is. With a choice, the tokens (B,) chosen from these logits, in the same compiled step."""
         ids = self.as_batch(torch.as_tensor(ids).view(-1, 1))
         if cache.prompt_open:  # decoding begins: nothing more is held exactly than the method keeps
             cache.end_prompt()
         to_come = (cache.max_tokens or 0) - int(cache.tokens_seen.min())
         for piece, where in cache.split(ids, pos):
-            logits = self.step(piece, where, cache, to_come)
-        return logits
+            out = self.step(piece, where, cache, to_come, choice)
+        return out
 
     def as_batch(self, ids: Tensor | Sequence[int]) -> Tensor:
         try:
@@ -191,18 +198,18 @@ class LM:
             seen = torch.zeros(B, self.config.vocab_size, dtype=torch.bool, device=self.device)
             for i, prompt in enumerate(prompts):
                 seen[i, torch.tensor([*context, *prompt], device=self.device)] = True
-        number = torch.arange(B, device=self.device)
         alive = [True] * B
 
         start = time.perf_counter()
         logits = self.prefill(ids, cache, lengths, progress)
         self.stats.prefill_seconds = time.perf_counter() - start
         decoding = time.perf_counter()
+        choice = Choice.of(choose, B, self.device, seed, seen)
+        with torch.no_grad():
+            new = choice(logits, cache.tokens_seen[:, None] - 1)
         for step in range(max_new_tokens):
-            with torch.no_grad():
-                new = choose(logits, seen, seed, number, cache.tokens_seen)
-                if seen is not None:
-                    seen[number, new] = True
+            if seen is not None:
+                seen[choice.sequence, new] = True
             out: list[int | None] = []
             for i, token in enumerate(new.tolist()):
                 out.append(token if alive[i] else None)
@@ -220,7 +227,7 @@ class LM:
             if step + 1 == max_new_tokens or not any(alive):
                 return
             pos = torch.where(torch.tensor(alive, device=self.device), cache.tokens_seen, -1)[:, None]
-            logits = self.decode_step(new, cache, pos)
+            new = self.decode_step(new, cache, pos, choice)
 
     def stream(
         self,
@@ -314,6 +321,15 @@ class StopText:
         return out
 
 
+def use_kernels(model: torch.nn.Module) -> None:
+    """Let linear layers of a few rows go to the CPU kernels, where those are made for their weights."""
+    from zoo.kernels.cpu import FEW, WORDS
+
+    for module in model.modules():
+        if type(module) is Linear and module.weight.dtype in (torch.bfloat16, torch.float32) and not module.in_features % WORDS:
+            module.few = FEW
+
+
 def load(
     name: str = "smollm2-135m",
     attn: str | Attention = "full",
@@ -321,13 +337,15 @@ def load(
     device: str = "cpu",
     compile: str | bool = "auto",
     backend: str = "auto",
+    weights: str | None = None,
 ) -> LM:
     """A model by name (zoo.models()), hub id or folder, ready to generate.
 
     attn: `name:option=value,...` (zoo.attentions()). dtype: as in the file unless given (bfloat16, float16, float32). compile: auto, on or
-    off. backend: how attention is computed (auto, eager, sdpa, cpp). Raises ZooError with one line that says what to do.
+    off. backend: how attention is computed (auto, eager, sdpa, cpp). weights: None, as in the file, or int8 (extra `quant`). Raises ZooError with one line that says what to do.
     """
     method = parse(attn)
+    check(weights)
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ZooError(f"dtype {dtype!r} is unknown; choose one of {', '.join(DTYPES)}")
@@ -342,6 +360,7 @@ def load(
     model, ends = checkpoint.lay_out(folder), checkpoint.end_ids(folder)
     tokenizer = Tokenizer.load(folder)
     checkpoint.load_into(model, folder, dtype)
+    quantize(model, weights)
     model = model.to(device).eval().requires_grad_(False)
     end_ids = ends if tokenizer.eos_id is None else ends | {tokenizer.eos_id}
     return LM(model, tokenizer, method, frozenset(end_ids), compile, backend)

@@ -18,16 +18,21 @@ def scramble(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
-def uniform(seed: int, *coordinates: Tensor) -> Tensor:
-    """Uniform float32 in (0, 1), one for each element of the broadcast int64 coordinates. `seed` counts modulo 2**64."""
-    seed = (seed + 2**63) % 2**64 - 2**63
-    x = scramble(torch.full((), seed, dtype=torch.int64, device=coordinates[0].device) + GOLDEN)
+def seed_tensor(seed: int, device: torch.device | str) -> Tensor:
+    """() int64: a seed for a compiled step, which would take a number for a constant. It counts modulo 2**64."""
+    return torch.full((), (seed + 2**63) % 2**64 - 2**63, dtype=torch.int64, device=device)
+
+
+def uniform(seed: int | Tensor, *coordinates: Tensor) -> Tensor:
+    """Uniform float32 in (0, 1), one for each element of the broadcast int64 coordinates."""
+    seed = seed if isinstance(seed, Tensor) else seed_tensor(seed, coordinates[0].device)
+    x = scramble(seed + GOLDEN)
     for c in coordinates:
         x = scramble(x * GOLDEN + c.to(torch.int64) + 1)
     # 23 bits and a half are exact in float32; with 24 the largest would round to 1, whose Gumbel noise is infinite.
     return (((x >> 41) & 0x7FFFFF).to(torch.float32) + 0.5) * 2.0**-23
 
 
-def gumbel(seed: int, *coordinates: Tensor) -> Tensor:
+def gumbel(seed: int | Tensor, *coordinates: Tensor) -> Tensor:
     """Gumbel noise: argmax(logits + gumbel) is a draw from softmax(logits)."""
     return -(-uniform(seed, *coordinates).log()).log()

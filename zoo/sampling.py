@@ -8,14 +8,15 @@ the other prompts.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from zoo.errors import ZooError
-from zoo.random import gumbel
+from zoo.random import gumbel, seed_tensor
 
 
 class Filter(Protocol):
@@ -90,7 +91,21 @@ class Sampler:
     def needs_seen(self) -> bool:
         return any(isinstance(f, RepetitionPenalty) for f in self.filters)
 
-    def __call__(self, logits: Tensor, seen: Tensor | None, seed: int, sequence: Tensor, pos: Tensor) -> Tensor:
+    @property
+    def kind(self) -> str:
+        """What makes a compiled step another one: which filters, not their numbers (but for k, which is a size)."""
+        return " ".join([*(f"top_k={f.k}" if isinstance(f, TopK) else type(f).__name__ for f in self.filters), *["draw"] * self.draw])
+
+    def numbers_as_tensors(self, device: torch.device) -> Sampler:
+        """The same with its numbers as () float32 tensors: a compiled step would take them for constants."""
+
+        def convert(f: Any) -> Any:
+            floats = {x.name: getattr(f, x.name) for x in dataclasses.fields(f) if isinstance(getattr(f, x.name), float)}
+            return dataclasses.replace(f, **{name: torch.tensor(x, dtype=torch.float32, device=device) for name, x in floats.items()})
+
+        return Sampler(tuple(convert(f) for f in self.filters), self.draw)
+
+    def __call__(self, logits: Tensor, seen: Tensor | None, seed: int | Tensor, sequence: Tensor, pos: Tensor) -> Tensor:
         """logits (B, V) float32 -> token ids (B,) int64, for sequence numbers (B,) at positions pos (B,)."""
         for f in self.filters:
             logits = f(logits, seen)
@@ -98,6 +113,24 @@ class Sampler:
             vocabulary = torch.arange(logits.shape[-1], device=logits.device)
             logits = logits + gumbel(seed, sequence[:, None], pos[:, None], vocabulary)
         return logits.argmax(-1)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A sampler with all that a step needs to choose the next tokens: seen (B, V) bool, seed () int64, sequence (B,) int64."""
+
+    sampler: Sampler
+    seen: Tensor | None
+    seed: Tensor
+    sequence: Tensor
+
+    @classmethod
+    def of(cls, sampler: Sampler, batch: int, device: torch.device, seed: int = 0, seen: Tensor | None = None) -> Choice:
+        return cls(sampler.numbers_as_tensors(device), seen, seed_tensor(seed, device), torch.arange(batch, device=device))
+
+    def __call__(self, logits: Tensor, pos: Tensor) -> Tensor:
+        """logits (B, V) float32 after the tokens at pos (B, 1) -> the next tokens (B,)."""
+        return self.sampler(logits, self.seen, self.seed, self.sequence, pos[:, 0] + 1)
 
 
 def sampler(

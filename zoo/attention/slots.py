@@ -14,6 +14,7 @@ PyTorch's fused kernel. A sum over slots can be taken in parts: each part is car
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -326,7 +327,16 @@ def covered(q: Tensor, heads: int) -> bool:
     """Whether the CPU kernels are made for queries (B, H, T, D) on this many key/value heads."""
     from zoo.kernels import cpu
 
-    return cpu.covers(q.device, q.dtype, q.shape[3], q.shape[2] * q.shape[1] // heads)
+    there = torch.compiler.is_compiling() or kernels_ready()  # a compiled step was asked before
+    return there and cpu.covers(q.device, q.dtype, q.shape[3], q.shape[2] * q.shape[1] // heads)
+
+
+@functools.cache
+def kernels_ready() -> bool:
+    """Whether the CPU kernels are loaded; builds them where that has not happened yet."""
+    from zoo.kernels import cpu
+
+    return cpu.ready(cache_folder() / "kernels")
 
 
 def cpp_parts(answer: tuple[Tensor, Tensor], heads: int) -> Parts:
@@ -346,7 +356,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
         return backend
     from zoo.kernels import cpu
 
-    if cpu.covers(device, dtype, head_dim, 1) and cpu.ready(cache_folder() / "kernels"):
+    if cpu.covers(device, dtype, head_dim, 1) and kernels_ready():
         return "cpp"
     if backend == "cpp":
         raise ZooError(f"backend 'cpp' needs g++, float32 or bfloat16 on a CPU, and heads of a multiple of 16; here: {dtype} on {device}, {head_dim}")

@@ -33,25 +33,41 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` whose compiled single-token form is a plain multiply-and-sum.
+    """`nn.Linear` that reads its weight once, at the speed of memory, for a few rows on a CPU.
 
-    One token through a weight matrix is bound by reading the matrix once. Inductor turns the multiply-and-sum into one vectorised
-    loop with float32 sums; on CPUs it reads bfloat16 weights at about twice the speed of the library's one-row GEMM (docs/log.md).
+    A token through a weight matrix is bound by reading the matrix. Compiled, a single row is a plain multiply-and-sum, which Inductor turns
+    into one vectorised loop with float32 sums; up to `few` rows otherwise go to the CPU kernels (kernels/cpu.py). Both read bfloat16
+    weights at about twice the speed of the library's GEMM (docs/performance.md), which is the best for many rows.
     """
+
+    few = 0  # rows that the CPU kernels take; LM sets it where they are loaded and made for this weight
 
     def reset_parameters(self) -> None:
         """Parameters come from a checkpoint; on `meta`, PyTorch's initialisation imports its compiler, which takes a second."""
 
     def forward(self, x: Tensor) -> Tensor:
-        one_row = x.numel() == x.shape[-1]
-        if not (torch.compiler.is_compiling() and one_row and x.device.type == "cpu"):
-            return F.linear(x, self.weight, self.bias)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        # as_strided makes Inductor store the row, converted, once; without it a compiled step was slower (docs/log.md).
-        row = x.reshape(1, -1).to(wide).as_strided((1, x.shape[-1]), (x.shape[-1], 1))
-        y = (self.weight.to(wide) * row).sum(-1)
+        rows = x.numel() // x.shape[-1]
+        if not one_compiled_row(x):
+            if rows > self.few:
+                return F.linear(x, self.weight, self.bias)
+            y = torch.ops.zoo.linear(x.reshape(rows, -1), self.weight).view(*x.shape[:-1], -1)
+            return y if self.bias is None else y + self.bias
+        y = row_times(x, self.weight)
         y = y if self.bias is None else y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def one_compiled_row(x: Tensor) -> bool:
+    """Whether this is a compiled step's single token on a CPU."""
+    return torch.compiler.is_compiling() and x.numel() == x.shape[-1] and x.device.type == "cpu"
+
+
+def row_times(x: Tensor, weight: Tensor) -> Tensor:
+    """One row x (..., n) times weight (m, n) of any dtype -> (m,), at least float32."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    # as_strided makes Inductor store the row, converted, once; without it a compiled step was slower (docs/log.md).
+    row = x.reshape(1, -1).to(wide).as_strided((1, x.shape[-1]), (x.shape[-1], 1))
+    return (weight.to(wide) * row).sum(-1)
 
 
 class Embedding(nn.Embedding):

@@ -1,0 +1,87 @@
+"""Weight-only int8: every linear layer's weight as int8 numbers and one float32 scale a row, chosen by torchao.
+
+    y = scale * (W x)        W (out, in) int8, scale (out,) float32, symmetric: the largest of a row becomes 127
+
+Half the bytes of bfloat16, so that decode, which is bound by reading weights, takes less time; products and sums are as before.
+The embedding keeps its numbers; where it is also the output head, the head gets an int8 copy of its own. torchao (extra `quant`) is
+imported when a model is quantised, not when it runs: what runs is a plain tensor.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zoo.errors import ZooError
+from zoo.models.layers import Linear, one_compiled_row, row_times
+
+WEIGHTS = ("int8",)
+FEW = 16  # rows up to which PyTorch's int8 product reads the weight fastest; beyond, the weight is converted for a whole prompt chunk
+
+
+class Int8Linear(Linear):
+    """`Linear` with an int8 weight and its rows' scales."""
+
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scale", scale)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
+        """Moves with the model; the scales stay float32 whatever it is cast to."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        self.scale = scale.to(self.scale.device)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), in x's dtype."""
+        if one_compiled_row(x):
+            y = row_times(x, self.weight) * self.scale
+            return (y if self.bias is None else y + self.bias).to(x.dtype).view(*x.shape[:-1], -1)
+        rows = x.numel() // x.shape[-1]
+        if rows <= FEW and x.device.type == "cpu":
+            y = torch.ops.aten._weight_int8pack_mm(x.reshape(rows, -1), self.weight, self.scale.to(x.dtype))
+            y = y.view(*x.shape[:-1], -1)
+        else:
+            y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+def check(weights: str | None) -> None:
+    """Raises ZooError for an unknown format, or where torchao is not installed."""
+    if weights is not None and weights not in WEIGHTS:
+        raise ZooError(f"weights={weights!r} is unknown; choose {', '.join(WEIGHTS)}, or leave it out")
+    if weights is not None and importlib.util.find_spec("torchao") is None:
+        raise ZooError(f"weights={weights} needs torchao: pip install 'subgen-zoo[quant]'")
+
+
+def quantize(model: nn.Module, weights: str | None) -> None:
+    """Replace the linear layers of a loaded model, one after the other. Raises ZooError as `check` does."""
+    check(weights)
+    if weights is None:
+        return
+    torchao_log = logging.getLogger("torchao")
+    level = torchao_log.level
+    torchao_log.setLevel(logging.ERROR)  # it warns of its own GPU extensions, which nothing here needs
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    finally:
+        torchao_log.setLevel(level)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear):
+            one = nn.Sequential(nn.Linear(1, 1, bias=False, device="meta"))
+            one[0].weight = nn.Parameter(module.weight.detach(), requires_grad=False)
+            quantize_(one, Int8WeightOnlyConfig(set_inductor_config=False))
+            made: Any = one[0].weight
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, Int8Linear(made.qdata, made.scale.flatten().float(), module.bias))
