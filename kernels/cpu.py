@@ -1,4 +1,4 @@
-"""Attention over slots on CPUs, and linear layers of a few rows, by slot_attention.cpp, which is compiled when it is first needed and kept between runs.
+"""Attention over slots and linear layers of a few rows on CPUs, by slot_attention.cpp, which is compiled when first needed, and kept.
 
     slot_attention(q, q_pos, slots)   what a query sees of a dense store: output and log-sum-exp
     page_attention(q, q_pos, pages)   the same of pages
@@ -98,6 +98,7 @@ def declare() -> None:
 
     for name in ("slot_attention", "page_attention"):
         torch.library.register_fake(f"zoo::{name}", both)
+
     def sums(q: Tensor, *shape: Any) -> tuple[Tensor, Tensor]:
         return q.new_empty(shape, dtype=torch.float32), q.new_empty(shape, dtype=torch.float32)
 
@@ -116,9 +117,7 @@ def slot_attention(q: Tensor, q_pos: Tensor, slots: Any) -> tuple[Tensor, Tensor
 
 def page_attention(q: Tensor, q_pos: Tensor, slots: Any, spans: Tensor) -> tuple[Tensor, Tensor]:
     """The same for `PagedSlots`. spans (B G, 3) int32: a head's first page, how many it owns, where they begin in the list of pages."""
-    return torch.ops.zoo.page_attention(
-        q.contiguous(), q_pos.contiguous(), slots.k, slots.v, slots.pos, slots.a, spans, slots.window or 0
-    )
+    return torch.ops.zoo.page_attention(q.contiguous(), q_pos.contiguous(), slots.k, slots.v, slots.pos, slots.a, spans, slots.window or 0)
 
 
 def slot_mass(q: Tensor, q_pos: Tensor, slots: Any, lse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

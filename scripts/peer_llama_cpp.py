@@ -1,8 +1,8 @@
 """What `python -m zoo.bench --peer scripts/peer_llama_cpp.py` compares with: llama.cpp, through llama-cpp-python.
 
-    llama.cpp         the same weights at 16 bits (scripts/write_gguf.py)
-    llama.cpp-q8_0    the same, quantised to 8 bits
-    llama.cpp-q4_1    the embedded model's own file, which zoo's weights were dequantised from
+llama.cpp         the same weights at 16 bits (scripts/write_gguf.py)
+llama.cpp-q8_0    the same, quantised to 8 bits
+llama.cpp-q4_1    the embedded model's own file, which zoo's weights were dequantised from
 """
 
 from __future__ import annotations

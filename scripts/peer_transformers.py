@@ -1,7 +1,7 @@
 """What `python -m zoo.bench --peer scripts/peer_transformers.py` compares with: transformers on the same weights.
 
-    transformers          a dynamic cache, eager: what its `generate` does unless told otherwise, without its bookkeeping
-    transformers-static   a static cache and a compiled forward pass (decode only)
+transformers          a dynamic cache, eager: what its `generate` does unless told otherwise, without its bookkeeping
+transformers-static   a static cache and a compiled forward pass (decode only)
 """
 
 from __future__ import annotations

@@ -392,15 +392,16 @@ def test_backend(generate: Call, monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setitem(zoo.attention.slots.BACKENDS, name, counted)
     texts, ran = set(), {}
-    for backend in ("auto", "eager", "sdpa"):
+    for backend in ("auto", "eager", "sdpa", "cpp"):
         counts.clear()
         said = generate(PROMPT, "--backend", backend, "--max-new-tokens", "10", "--compile", "off", "--json")
         texts.add(said.last["answers"][0])
         ran[backend] = set(counts)
-        assert said.last["backend"] == backend
+        assert said.last["backend"] == ("cpp" if backend == "auto" else backend)
     assert len(texts) == 1
     assert ran["eager"] == {"eager"}
     assert ran["sdpa"] == {"sdpa"}
+    assert "cpp" in ran["cpp"]
 
 
 @pytest.mark.parametrize("method", zoo.attentions())

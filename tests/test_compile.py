@@ -14,7 +14,7 @@ from conftest import write_checkpoint, write_llama
 import zoo
 from zoo import compiled
 from zoo.attention import parse
-from zoo.compiled import COLD, WARM, Step
+from zoo.compiled import COLD, WARM, Step, worth_checking
 from zoo.errors import ZooError
 from zoo.lm import LM
 from zoo.sampling import Sampler, sampler
@@ -210,3 +210,76 @@ def test_nothing_global_is_set(folder: Path, tmp_path: Path) -> None:
         "assert before == (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), dict(os.environ))\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+SAMPLERS = [
+    {"temperature": 0.0},
+    {"temperature": 0.8, "seed": 3},
+    {"temperature": 1.3, "top_k": 5, "top_p": 0.9, "min_p": 0.01, "seed": 4},
+    {"temperature": 0.0, "repetition_penalty": 1.3},
+]
+
+
+@pytest.mark.slow
+def test_tokens_are_chosen_inside_the_step(folder: Path) -> None:
+    """Every sampler says the same compiled and eager, in float64; a sampler with other numbers is the same graph, another seed too."""
+    from torch._dynamo.utils import counters
+
+    lm = zoo.load(str(folder), compile="off")
+    lm.model.double()
+    eager = [lm.generate("Call me", 12, **numbers) for numbers in SAMPLERS]
+    lm.step.mode = "on"
+    counters.clear()
+    assert [lm.generate("Call me", 12, **numbers) for numbers in SAMPLERS] == eager
+    graphs = counters["stats"]["unique_graphs"]
+    assert graphs == len(SAMPLERS)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        others = [lm.generate("Call me", 12, temperature=t, seed=s) for t, s in ((0.8, 3), (0.5, 3), (0.8, 9), (3.0, -7))]
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert others[0] == eager[1]
+    assert len(set(others)) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attn", ["full", "subgen:budget=300"])
+def test_compiled_kernels_equal_eager_kernels(folder: Path, attn: str) -> None:
+    """The CPU kernels inside the graph, in float32, on caches whose storage is longer than what is shown; 70 steps past a block's end."""
+    lm = zoo.load(str(folder), dtype="float32", compile="on", attn=attn)
+    if lm.backend != "cpp":
+        pytest.skip("no C++ compiler: the CPU kernels cannot be built")
+    ids = torch.randint(0, lm.config.vocab_size, (2, 400), generator=torch.Generator().manual_seed(1))
+    caches = [lm.new_cache(2, max_tokens=600) for _ in range(2)]
+    for cache in caches:
+        lm.prefill(ids[:, :330], cache, [330, 290])
+    worst = 0.0
+    for t in range(330, 400):
+        lm.step.mode = "on"
+        a = lm.decode_step(ids[:, t], caches[0])
+        lm.step.mode = "off"
+        worst = max(worst, float((a - lm.decode_step(ids[:, t], caches[1])).abs().max()))
+    assert worst < 5e-3
+    assert lm.step.ran == {"compiled": 70, "eager": 70}
+
+
+def test_what_is_checked_at_each_step() -> None:
+    """Weights' shapes and the layers after a cache's first are not; everything else is."""
+    assert not worth_checking("TENSOR_MATCH", "self.model._modules['model']._modules['norm']._parameters['weight']")
+    assert not worth_checking("TENSOR_MATCH", "cache._modules['1']._modules['store']._buffers['k']")
+    assert not worth_checking("TYPE_MATCH", "cache._modules['29']")
+    assert worth_checking("TYPE_MATCH", "self.model._modules['model']._modules['layers']._modules['3']")
+    assert worth_checking("TENSOR_MATCH", "cache._modules['0']._modules['store']._buffers['k']")
+    assert worth_checking("TENSOR_MATCH", "ids")
+
+
+@pytest.mark.slow
+def test_a_cache_of_another_kind_is_another_graph(folder: Path) -> None:
+    """Though only its first layer is looked at: methods, batches and windows in turn give what they give alone."""
+    lm = zoo.load(str(folder), dtype="float32", compile="on")
+    kinds = [("full", 1), ("sliding:window=40", 1), ("full", 2), ("sliding:window=41", 1), ("full", 1)]
+    answers = []
+    for mode in ("off", "on"):
+        lm.step.mode = mode
+        for attn, batch in kinds:
+            lm.attn = parse(attn)
+            answers.append(lm.generate(["Call me Ishmael. " * 20] * batch, 8))
+    assert answers[:5] == answers[5:]

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import zoo
-from zoo import attention, bench, calibrate, chat, cli, generate, inspection, models
+from zoo import attention, calibrate, chat, cli, generate, inspection, models
 from zoo.attention.cache import Bytes
+from zoo.bench import __main__ as bench
 from zoo.errors import ZooError
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +59,8 @@ def test_readme_command(
         monkeypatch.setenv("ZOO_CACHE", str(tmp_path))
         extra, argv = [], [argv[0], str(folder), *argv[2:]]
     elif module == "zoo.bench":
-        extra += ["--prompt-tokens", "4", "--new-tokens", "3", "--repeats", "2", "--compile", "off", "--dtype", "float32"]
+        extra += ["--steps", "2", "--repeats", "1", "--compile", "off"]
+        argv = [x for x in argv if not x[:1].isdigit()] + ["--contexts", "6"]
     elif "--list" not in argv:
         extra += ["--max-new-tokens", "5"]
     mains = {"zoo.generate": generate, "zoo.chat": chat, "zoo.bench": bench, "zoo.checkpoint": inspection, "zoo.calibrate": calibrate}
@@ -164,8 +166,8 @@ def test_a_peer_that_cannot_be_used_is_one_line(tiny: Path, tmp_path: Path, caps
     """A file that is not there, or is no peer, or imports what is not installed."""
     (tmp_path / "empty.py").write_text("")
     (tmp_path / "lacking.py").write_text("import nowhere_to_be_found")
-    short = ["--model", str(tiny), "--prompt-tokens", "4", "--new-tokens", "2", "--repeats", "1", "--compile", "off", "--dtype", "float32"]
-    for name, says in (("none.py", "none.py"), ("empty.py", "NAME"), ("lacking.py", "nowhere_to_be_found")):
+    short = ["--model", str(tiny), "--contexts", "4", "--steps", "2", "--repeats", "1", "--compile", "off"]
+    for name, says in (("none.py", "none.py"), ("empty.py", "PEERS"), ("lacking.py", "nowhere_to_be_found")):
         assert cli.run(bench.main, [*short, "--peer", str(tmp_path / name)]) == 2
         err = capsys.readouterr().err.strip()
         assert says in err

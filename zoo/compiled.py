@@ -28,7 +28,7 @@ from zoo.sampling import Choice
 
 log = logging.getLogger("zoo")
 
-WARM, COLD = 350, 2000  # new tokens from which a compiled answer is finished first, with and without Inductor's cache on disk
+WARM, COLD = 450, 2600  # new tokens from which a compiled answer is finished first, with and without Inductor's cache on disk
 MODES = ("auto", "on", "off")
 
 

@@ -132,9 +132,7 @@ class LM:
         return self.model.logits(last)
 
     @torch.no_grad()
-    def decode_step(
-        self, ids: Tensor | Sequence[int], cache: Caches, pos: Tensor | None = None, choice: Choice | None = None
-    ) -> Tensor:
+    def decode_step(self, ids: Tensor | Sequence[int], cache: Caches, pos: Tensor | None = None, choice: Choice | None = None) -> Tensor:
         """ids (B,) or (B, 1) int64: the next token of each sequence -> logits (B, V) float32; the compiled form where compile is on.
         pos (B, 1) -1 leaves a sequence as it is. With a choice, the tokens (B,) chosen from these logits, in the same compiled step."""
         ids = self.as_batch(torch.as_tensor(ids).view(-1, 1))
@@ -342,7 +340,8 @@ def load(
     """A model by name (zoo.models()), hub id or folder, ready to generate.
 
     attn: `name:option=value,...` (zoo.attentions()). dtype: as in the file unless given (bfloat16, float16, float32). compile: auto, on or
-    off. backend: how attention is computed (auto, eager, sdpa, cpp). weights: None, as in the file, or int8 (extra `quant`). Raises ZooError with one line that says what to do.
+    off. backend: how attention is computed (auto, eager, sdpa, cpp). weights: None, as in the file, or int8 (extra `quant`).
+    Raises ZooError with one line that says what to do.
     """
     method = parse(attn)
     check(weights)

@@ -34,7 +34,7 @@ class Int8Linear(Linear):
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_buffer("scale", scale)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Int8Linear:
         """Moves with the model; the scales stay float32 whatever it is cast to."""

@@ -359,7 +359,9 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
     if cpu.covers(device, dtype, head_dim, 1) and kernels_ready():
         return "cpp"
     if backend == "cpp":
-        raise ZooError(f"backend 'cpp' needs g++, float32 or bfloat16 on a CPU, and heads of a multiple of 16; here: {dtype} on {device}, {head_dim}")
+        raise ZooError(
+            f"backend 'cpp' needs g++, float32 or bfloat16 on a CPU, and heads of a multiple of 16; here: {dtype} on {device}, {head_dim}"
+        )
     return "auto"
 
 

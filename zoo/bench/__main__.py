@@ -158,6 +158,7 @@ def cases_of(task: str, args: Any, lms: dict[str | None, Any], peers: dict[str, 
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Raises ZooError for what the user can mend."""
     from zoo import hub
     from zoo.bench import machine, peers, report
 
@@ -174,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     for task in args.tasks:
         pairs = cases_of(task, args, lms, named)
         turns([case for _, case in pairs], args.repeats)
-        rates = {name: max(rate, before[name]) for name, rate in machine.rates(dtype).items()}
+        rates = {name: (rate + before[name]) / 2 for name, rate in machine.rates(dtype).items()}  # before and after: a busy machine changes
         base = {"task": task, "model": args.random or args.model, "dtype": args.dtype, "threads": args.threads}
         base |= {"torch": torch.__version__, "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
         base |= {"capability": torch.backends.cpu.get_cpu_capability(), "compile": args.compile}

@@ -1,7 +1,7 @@
 """What this machine can do: the two rates that bound a language model, measured in the same run as everything else.
 
-bandwidth   bytes a second that a sum over a large matrix, or its product with a vector, reads, whichever is faster; decode multiplies
-            each weight with one vector and cannot be faster
+bandwidth   bytes a second that a sum over a large matrix reads: a decode step, which needs each weight once, cannot be faster
+matvec      bytes a second of the same matrix times a vector by PyTorch (float32): what a library's own matrix-vector product reaches
 gemm        floating-point operations a second of a large matrix product; prefill is made of these
 """
 
@@ -27,11 +27,11 @@ def seconds(call: Callable[[], object], repeats: int = 7) -> float:
     return statistics.median(times)
 
 
-def bandwidth() -> float:
-    """Bytes a second that are read from memory."""
+def reading() -> tuple[float, float]:
+    """Bytes a second that are read from memory: by a sum, and by a matrix-vector product."""
     rows = MEGABYTES * 2**20 // 4 // 4096
     matrix, vector, out = torch.ones(rows, 4096), torch.ones(4096), torch.empty(rows)
-    return matrix.nbytes / min(seconds(lambda: torch.mv(matrix, vector, out=out)), seconds(lambda: matrix.sum()))
+    return matrix.nbytes / seconds(lambda: matrix.sum()), matrix.nbytes / seconds(lambda: torch.mv(matrix, vector, out=out))
 
 
 def gemm(dtype: torch.dtype, size: int = 2048) -> float:
@@ -42,4 +42,5 @@ def gemm(dtype: torch.dtype, size: int = 2048) -> float:
 
 
 def rates(dtype: torch.dtype) -> dict[str, float]:
-    return {"bandwidth": bandwidth(), "gemm": gemm(dtype)}
+    bandwidth, matvec = reading()
+    return {"bandwidth": max(bandwidth, matvec), "matvec": matvec, "gemm": gemm(dtype)}

@@ -34,7 +34,8 @@ def table(rows: Rows) -> str:
     for task in dict.fromkeys(r["task"] for r in rows):
         some = [r for r in rows if r["task"] == task]
         first, unit = some[0], {"decode": "ms/step"}.get(task, "seconds")
-        rates = f"reads {first['machine']['bandwidth']:.1f} GB/s, multiplies {first['machine']['gemm']:.0f} GFLOP/s"
+        m = first["machine"]
+        rates = f"reads {m['bandwidth']:.1f} GB/s (matrix times vector {m['matvec']:.1f}), multiplies {m['gemm']:.0f} GFLOP/s"
         lines += ["", f"{task}: {first['model']}, {first['threads']} threads, torch {first['torch']}; this machine {rates}"]
         bound = {"decode": "of bytes", "prefill": "of GEMM"}.get(task, "")
         lines.append(f"{'':44}{'dtype':>9}{'context':>8}{'batch':>6}{unit:>10}{'quartiles':>18}{'tokens/s':>10}{bound:>9}{'speedup':>8}")

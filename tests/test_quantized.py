@@ -1,0 +1,109 @@
+"""Weight-only int8: the numbers are torchao's, every path computes with them, and the model stays near its own."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import write_checkpoint
+
+import zoo
+from zoo import quantized
+from zoo.errors import ZooError
+from zoo.models.layers import Linear
+from zoo.quantized import FEW, Int8Linear
+
+needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed (extra `quant`)")
+
+
+def layer(bias: bool = False) -> Int8Linear:
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randint(-127, 128, (40, 64), generator=g, dtype=torch.int8)
+    return Int8Linear(weight, torch.rand(40, generator=g) / 500, torch.randn(40, generator=g) if bias else None)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 64), (2, 5, 64), (FEW, 64), (FEW + 1, 64), (3, 30, 64)])
+def test_every_path_is_the_formula(shape: tuple[int, ...], dtype: torch.dtype, bias: bool) -> None:
+    """Few rows, many rows: scale (W x) + bias, to the dtype's rounding; a missing scale would be off by hundreds."""
+    l = layer(bias)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    if bias:
+        l.bias.data = l.bias.data.to(dtype)  # type: ignore[union-attr]
+    true = F.linear(x.double(), l.weight.double() * l.scale.double()[:, None], None if l.bias is None else l.bias.double())
+    got = l(x)
+    assert got.dtype == dtype
+    assert got.shape == (*shape[:-1], 40)
+    assert (got.double() - true).abs().max() <= (1e-5 if dtype == torch.float32 else 0.02) * float(true.abs().max())
+
+
+@pytest.mark.slow
+def test_a_compiled_row_is_the_formula() -> None:
+    l = layer(True)
+    x = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(1))
+    true = F.linear(x.double(), l.weight.double() * l.scale.double()[:, None], l.bias.double())  # type: ignore[union-attr]
+    with torch.no_grad():
+        assert (torch.compile(l, fullgraph=True)(x).double() - true).abs().max() < 1e-5 * float(true.abs().max())
+
+
+def test_scales_stay_float32() -> None:
+    """bfloat16 scales would be off by 0.4 %; casting the model must not round them."""
+    l = layer()
+    before = l.scale.clone()
+    assert torch.equal(l.bfloat16().scale, before)
+    assert l.scale.dtype == torch.float32
+
+
+@needs_torchao
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt_neox"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_int8_models(tmp_path: Path, family: str, tied: bool) -> None:
+    """All linear layers are int8, rounded to nearest by a row's own scale; embeddings are not; logits are near and not equal; half the
+    bytes of bfloat16."""
+    folder = str(write_checkpoint(tmp_path / "m", family, tie_word_embeddings=tied))
+    plain, lm = zoo.load(folder, dtype="float32", compile="off"), zoo.load(folder, dtype="float32", compile="off", weights="int8")
+    linear = {name: m for name, m in plain.model.named_modules() if isinstance(m, Linear)}
+    for name, m in linear.items():
+        q = lm.model.get_submodule(name)
+        assert type(q) is Int8Linear
+        restored = q.weight.float() * q.scale[:, None]
+        assert (restored - m.weight).abs().amax(1).le(q.scale * 0.51).all(), name
+        assert q.weight.abs().amax() == 127 or q.weight.abs().amax() == 128
+    assert lm.dtype == torch.float32
+    ids = torch.randint(3, plain.config.vocab_size, (2, 50), generator=torch.Generator().manual_seed(3))
+    a, b = plain.logits(ids).log_softmax(-1), lm.logits(ids).log_softmax(-1)
+    kl = float((a.exp() * (a - b)).sum(-1).mean())
+    assert 1e-7 < kl < 0.3
+    assert lm.generate("Call me", 5)
+    assert sum(m.weight.nbytes for m in lm.model.modules() if isinstance(m, Int8Linear)) * 4 == sum(
+        m.weight.nbytes for m in linear.values()
+    )
+
+
+@needs_torchao
+@pytest.mark.slow
+def test_compiled_int8_equals_eager(tmp_path: Path) -> None:
+    lm = zoo.load(
+        str(write_checkpoint(tmp_path / "m", "llama", hidden_size=32, num_hidden_layers=2)), dtype="float32", compile="on", weights="int8"
+    )
+    ids = torch.randint(3, lm.config.vocab_size, (1, 30), generator=torch.Generator().manual_seed(3))
+    caches = [lm.new_cache(max_tokens=40) for _ in range(2)]
+    for cache in caches:
+        lm.prefill(ids, cache)
+    for t in range(5):
+        lm.step.mode = "on"
+        a = lm.decode_step(ids[:, t], caches[0])
+        lm.step.mode = "off"
+        assert (a - lm.decode_step(ids[:, t], caches[1])).abs().max() < 1e-3
+
+
+def test_what_is_unknown_or_missing_says_so(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ZooError, match="weights='int3' is unknown; choose int8"):
+        zoo.load(str(tiny), weights="int3")
+    monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ZooError, match=r"pip install 'subgen-zoo\[quant\]'"):
+        zoo.load(str(tiny), weights="int8")
