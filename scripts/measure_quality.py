@@ -3,6 +3,7 @@
     python scripts/measure_quality.py kl --text FILE --tokens 2048 --passages 8 --shares 25 12.5 6.25 --out kl.jsonl
     python scripts/measure_quality.py stream --text FILE --passages 4
     python scripts/measure_quality.py passkey --text FILE --seeds 32
+    python scripts/measure_quality.py weights --text FILE --passages 8
     python scripts/measure_quality.py report kl.jsonl
 
 `kl` (protocol prefill): exact attention over a prompt, compressed once at its end, the next 256 true tokens fed exactly and kept, mean
@@ -10,7 +11,8 @@ KL(full || method) over them, in nats. `stream`: the prompt, then 768 true token
 over the 768. `prompt-stream`: never above it inside the prompt either. `passkey`: a number in prose, the question unseen while
 compressing, right if the first integer of ten greedy tokens is the number. `right`: the question ends in the blank before the number,
 which is a token of its own in some tokenizers; `free`: it ends before, and a small model may go on with something else. A row says the
-slots that were left at the prompt's end over the prompt's tokens. Passages follow one another through the text.
+slots that were left at the prompt's end over the prompt's tokens. `weights`: KL(model || its int8 weights) over whole passages, without any cache.
+Passages follow one another through the text.
 """
 
 from __future__ import annotations
@@ -206,6 +208,14 @@ def run_passkey(lm: Any, args: argparse.Namespace) -> None:
                      logprob=logprob)  # fmt: skip
 
 
+def run_weights(lm: Any, args: argparse.Namespace) -> None:
+    int8 = zoo.load(args.model, dtype=args.dtype, compile="off", weights="int8")
+    for i, ids in enumerate(passages(lm, args.text, args.tokens, args.passages, args.skip)):
+        true, other = (model.logits(ids)[0].log_softmax(-1) for model in (lm, int8))
+        same = float((true.argmax(-1) == other.argmax(-1)).float().mean())
+        emit(args, task="weights", attn="int8", share=100.0, tokens=len(ids), passage=i, kl=kl(true, other), top1=same, size=1.0)
+
+
 def emit(args: argparse.Namespace, **row: Any) -> None:
     line = json.dumps(row)
     print(line, flush=True)
@@ -255,7 +265,7 @@ def report(path: str) -> None:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("task", choices=["kl", "stream", "prompt-stream", "passkey", "report"])
+    p.add_argument("task", choices=["kl", "stream", "prompt-stream", "passkey", "weights", "report"])
     p.add_argument("file", nargs="?", help="for report: what --out wrote")
     p.add_argument("--model", default="smollm2-135m")
     p.add_argument("--text", help="a text file")
@@ -278,7 +288,7 @@ def main() -> None:
     args.after = args.after or (256 if args.task == "kl" else 768)
     lm = zoo.load(args.model, dtype=args.dtype, compile="off")
     args.text = Path(args.text).read_text()
-    {"passkey": run_passkey}.get(args.task, run_kl)(lm, args)
+    {"passkey": run_passkey, "weights": run_weights}.get(args.task, run_kl)(lm, args)
 
 
 if __name__ == "__main__":

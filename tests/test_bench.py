@@ -38,7 +38,7 @@ def rows(capsys: pytest.CaptureFixture[str], *argv: str) -> list[dict[str, Any]]
 def test_decode_and_prefill_rows(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each method, context and batch has a row, with what it had to move or compute and what share of the machine's rate that is."""
     got = rows(
-        capsys, "decode", "prefill", "--model", str(tiny), "--attn", "full", "--attn", "subgen:budget=64", "--contexts", "8", "200",
+        capsys, "decode", "prefill", "--model", str(tiny), "--attn", "full", "--attn", "subgen:budget=128", "--contexts", "8", "400",
         "--batch", "1", "3", *SHORT,
     )  # fmt: skip
     keys = [(r["task"], r["attn"], r["context"], r["batch"]) for r in got]
@@ -57,9 +57,9 @@ def test_decode_and_prefill_rows(tiny: Path, capsys: pytest.CaptureFixture[str])
         assert r["peak_memory"] > 2**26
     full = {r["context"]: r["cache_bytes"] for r in got if r["task"] == "decode" and r["attn"] == "full" and r["batch"] == 1}
     per_token = 3 * 2 * 2 * 16 * 4 + 3 * 4  # layers x (k, v) x heads x head size x float32, and positions
-    assert full[200] == 200 * per_token + 8
-    small = next(r for r in got if r["task"] == "decode" and r["attn"].startswith("subgen") and r["context"] == 200 and r["batch"] == 1)
-    assert small["cache_bytes"] < full[200] / 2
+    assert full[400] == 400 * per_token + 8
+    small = next(r for r in got if r["task"] == "decode" and r["attn"].startswith("subgen") and r["context"] == 400 and r["batch"] == 1)
+    assert small["cache_bytes"] < full[400] / 2
 
 
 def test_bytes_are_those_of_weights_that_a_step_reads(tmp_path: Path) -> None:

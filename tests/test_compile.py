@@ -127,6 +127,9 @@ def test_families_compile_once_and_equal_eager(tmp_path: Path, family: str, chan
 def test_other_prompts_and_growth_do_not_recompile(lm: LM) -> None:
     """After the first generation with a method, other lengths and caches that outgrow their hint reuse the graph."""
     tokens(lm, "full", 30, 10)
+    cache = lm.new_cache()
+    lm.prefill([1, 2, 3], cache)
+    lm.decode_step([4], cache)  # logits alone are a graph of their own
     with torch._dynamo.config.patch(error_on_recompile=True):
         tokens(lm, "full", 300, 100)
         cache = lm.new_cache()  # no hint: the storage doubles on the way

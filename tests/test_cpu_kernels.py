@@ -86,7 +86,7 @@ def test_attention_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, w
     rounding = 1e-5 if dtype == torch.float32 else 4e-3 * float(true.abs().max() + 1)  # probabilities are rounded before the last product
     assert (out.double() - true).abs().max() <= 1.5 * (eager.double() - true).abs().max() + rounding
     assert torch.equal(lse == -torch.inf, true_lse == -torch.inf)
-    assert (lse - true_lse)[seen.view(lse.shape)].abs().max() <= 1e-5 * big * big * 10
+    assert torch.where(seen.view(lse.shape), lse - true_lse, 0).abs().max() <= 1e-4 * big * big
     assert (out.view(*parts.den.shape, -1)[~seen] == 0).all()
 
 
@@ -222,7 +222,7 @@ MUTANTS = [
     ("j < count ? v + j * row : zeros, *y = j + 1", "j + 1 < count ? v + (j + 1) * row : zeros, *y = j + 1"),  # values of the neighbour
     ("+= weight * x[j] * x[j]", "+= weight * x[j]"),  # squares are no squares
     ("part * e", "part"),  # the same for many rows
-    ("span[3 * head + 2]", "span[3 * head]"),  # mass is written to the wrong page
+    ("span[3 * head + 2]", "span[2]"),  # every head writes its mass where the first does
     ("spans[3 * head + 1] * page", "spans[3 * head + 1] * page - 1"),  # a page's last row is left out
     ("out[m * N + n + j] = y[m * BLOCK + j]", "out[m * N + n + j] = y[j]"),  # all rows are the first
 ]
@@ -328,7 +328,7 @@ def test_kernels_run_and_change_nothing(tmp_path: Path, attn: str, monkeypatch: 
         lm.prefill(ids[:, :200], cache, [200, 171])
         logits.append(torch.stack([lm.decode_step(ids[:, t], cache) for t in range(200, 280)]))
     assert "slot_attention" in called
-    assert ("page_mass" in called) == attn.startswith("subgen")
+    assert ("page_mass" in called) == attn.startswith(("subgen", "h2o"))  # those that ask what was attended to
     assert (logits[0] - logits[1]).abs().max() < 1e-3
 
 

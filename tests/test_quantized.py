@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import weakref
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,18 @@ def test_int8_models(tmp_path: Path, family: str, tied: bool) -> None:
     assert sum(m.weight.nbytes for m in lm.model.modules() if isinstance(m, Int8Linear)) * 4 == sum(
         m.weight.nbytes for m in linear.values()
     )
+
+
+@needs_torchao
+def test_weights_are_freed_one_by_one(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a layer is made, those replaced before it are gone: a model never lies in memory twice."""
+    lm = zoo.load(str(tiny), dtype="float32", compile="off")
+    gone, alive = [weakref.ref(m) for m in lm.model.modules() if isinstance(m, Linear)], []
+    real = Int8Linear.__init__
+    monkeypatch.setattr(Int8Linear, "__init__", lambda self, *a: alive.append(sum(r() is not None for r in gone)) or real(self, *a))
+    quantized.quantize(lm.model, "int8")
+    assert len(alive) == len(gone)
+    assert all(n <= len(gone) - i + 1 for i, n in enumerate(alive))
 
 
 @needs_torchao

@@ -77,11 +77,11 @@ def quantize(model: nn.Module, weights: str | None) -> None:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     finally:
         torchao_log.setLevel(level)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Linear):
-            one = nn.Sequential(nn.Linear(1, 1, bias=False, device="meta"))
-            one[0].weight = nn.Parameter(module.weight.detach(), requires_grad=False)
-            quantize_(one, Int8WeightOnlyConfig(set_inductor_config=False))
-            made: Any = one[0].weight
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, Int8Linear(made.qdata, made.scale.flatten().float(), module.bias))
+    for name in [name for name, module in model.named_modules() if isinstance(module, Linear)]:  # names: each weight is freed at once
+        parent, _, leaf = name.rpartition(".")
+        module: Any = model.get_submodule(name)
+        one = nn.Sequential(nn.Linear(1, 1, bias=False, device="meta"))
+        one[0].weight = nn.Parameter(module.weight.detach(), requires_grad=False)
+        quantize_(one, Int8WeightOnlyConfig(set_inductor_config=False))
+        made: Any = one[0].weight
+        setattr(model.get_submodule(parent), leaf, Int8Linear(made.qdata, made.scale.flatten().float(), module.bias))
