@@ -1,1 +1,1 @@
-"""Triton kernels, one operation a file; installed as `zoo.kernels`. Imported lazily, by the function that needs one."""
+"""Kernels; installed as `zoo.kernels`. Imported lazily, by the function that needs one."""

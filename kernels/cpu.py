@@ -22,6 +22,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def covers(device: torch.device, dtype: torch.dtype, head_dim: int, rows: int) -
     """Whether the kernels are made for this: `rows` is T H / G. Many rows need bfloat16 and AVX-512, whose GEMM they use."""
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float32) or head_dim % WORDS or head_dim > WIDEST:
         return False
-    return rows <= FEW or (dtype == torch.bfloat16 and "AVX512" in torch.backends.cpu.get_cpu_capability().upper())
+    library = bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)  # whose GEMM many rows take
+    return rows <= FEW or (dtype == torch.bfloat16 and library and "AVX512" in torch.backends.cpu.get_cpu_capability().upper())
 
 
 @functools.cache
@@ -72,7 +74,9 @@ def build(folder: Path) -> Path:
     library = folder / f"slot_attention-{hashlib.sha256(chr(0).join(about).encode()).hexdigest()[:16]}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        part = library.with_suffix(f".{os.getpid()}.tmp")
+        handle, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
+        os.close(handle)
+        part = Path(name)
         paths = [f"-I{root / 'include'}", f"-L{root / 'lib'}", "-ltorch_cpu", "-ltorch"]
         try:
             subprocess.run([*compiler, *FLAGS, str(SOURCE), "-o", str(part), *paths], check=True, capture_output=True, text=True)

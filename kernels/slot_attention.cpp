@@ -277,7 +277,8 @@ void few(const Call& c) {
       std::vector<float> num(M * D);
       for (int64_t m = 0; m < M; m++) part[m * width + D] = NONE, part[m * width + D + 1] = 0;
       for (int64_t s = first, end = std::min(first + CHUNK, h.slots); s < end; s += BLOCK) {
-        const int64_t count = std::min(BLOCK, end - s);
+        int64_t count = std::min(BLOCK, end - s);
+        while (count > 0 && h.pos[s + count - 1] < 0) count--;  // rows that wait for tokens are not read
         const K *k = static_cast<const K*>(h.k) + s * h.row, *v = static_cast<const K*>(h.v) + s * h.row;
         const Seen seen = look(h.pos + s, count, BLOCK);
         if (seen.hidden(low, high, c.window)) continue;
@@ -383,7 +384,17 @@ void mask(float* x, const Head& h, int64_t s, int64_t count, const int64_t* at, 
   }
 }
 
+bool probe() {  // throws here, where that is an error, if the library has no such GEMM; among threads it would end the process
+  alignas(64) bf16 a[16 * 32] = {}, b[32 * 16] = {};
+  alignas(64) float x[16 * 16];
+  at::native::cpublas::brgemm(16, 16, 32, 32, 16, 16, false, a, b, x, true);
+  at::native::cpublas::brgemm_release(true);
+  return true;
+}
+
 void many(const Call& c) {
+  static const bool there = probe();
+  (void)there;
   const int64_t M = c.rows(), D = c.D, tiles = (M + ROWS - 1) / ROWS, heads = c.B * c.G;
   const float scale = 1 / std::sqrt(float(D));
   std::vector<Packed> packed(heads);
@@ -503,6 +514,8 @@ void few_mass(const Call& c, const Sums& to) {
 }
 
 void many_mass(const Call& c, const Sums& to) {
+  static const bool there = probe();
+  (void)there;
   const int64_t M = c.rows(), D = c.D, tiles = (M + ROWS - 1) / ROWS;
   const float scale = 1 / std::sqrt(float(D));
   std::vector<std::pair<int64_t, int64_t>> tasks;
@@ -604,8 +617,16 @@ void run(const Call& c, const Sums& to, int64_t queries) {  // queries: B T
   }
 }
 
+using torch::headeronly::ScalarType;
+
+void expect(bool right, const char* what) { STD_TORCH_CHECK(right, what); }
+
 Call prepare(const Tensor& q, const Tensor& q_pos, int64_t G, int64_t window) {
   Call c;
+  expect(q.dim() == 4 && q_pos.dim() == 2 && q.size(0) > 0 && q.size(2) > 0, "queries must be (B, H, T, D), positions (B, T)");
+  expect(q_pos.scalar_type() == ScalarType::Long && q_pos.size(0) == q.size(0) && q_pos.size(1) == q.size(2),
+         "positions of queries must be int64 (B, T)");
+  expect(G > 0 && q.size(1) % G == 0, "query heads must be a multiple of key/value heads");
   c.B = q.size(0), c.H = q.size(1), c.T = q.size(2), c.D = q.size(3), c.G = G, c.window = window;
   c.low = q.scalar_type() == torch::headeronly::ScalarType::BFloat16;
   STD_TORCH_CHECK(c.low || q.scalar_type() == torch::headeronly::ScalarType::Float, "queries must be bfloat16 or float32");
@@ -621,7 +642,21 @@ const void* shifted(const Tensor& t, int64_t by) {
   return static_cast<const K*>(t.const_data_ptr()) + by;
 }
 
+void expect_slots(const Call& c, const Tensor& k, const Tensor& v, const Tensor& pos) {
+  const ScalarType type = c.low ? ScalarType::BFloat16 : ScalarType::Float;
+  expect(k.scalar_type() == type && v.scalar_type() == type, "keys and values must have the queries' dtype");
+  expect(k.size(k.dim() - 1) == c.D && v.size(v.dim() - 1) == c.D && v.size(v.dim() - 2) == k.size(k.dim() - 2),
+         "keys and values must have as many rows, and the queries' head size");
+  expect(pos.scalar_type() == ScalarType::Int && pos.size(pos.dim() - 1) == k.size(k.dim() - 2), "positions of slots must be int32, one a row");
+}
+
 void add_heads(Call& c, const Tensor& k, const Tensor& v, const Tensor& pos, const std::optional<Tensor>& a) {  // a dense store
+  expect_slots(c, k, v, pos);
+  expect(k.dim() == 4 && v.dim() == 4 && pos.dim() == 3 && k.size(0) == c.B && v.size(0) == c.B && pos.size(0) == c.B && v.size(1) == c.G &&
+             (pos.size(1) == 1 || pos.size(1) == c.G),
+         "slots must be (B, G, S, D), their positions (B, G or 1, S)");
+  expect(!a || (a->scalar_type() == ScalarType::Float && a->dim() == 3 && a->size(0) == c.B && a->size(1) == c.G && a->size(2) == k.size(2)),
+         "log-weights must be float32 (B, G, S)");
   STD_TORCH_CHECK(k.stride(3) == 1 && v.stride(3) == 1 && k.stride(2) == v.stride(2) && pos.stride(2) == 1, "slots must be rows");
   STD_TORCH_CHECK(!a || a->stride(2) == 1, "log-weights must be rows");
   const int64_t size = c.low ? 2 : 4;
@@ -635,7 +670,15 @@ void add_heads(Call& c, const Tensor& k, const Tensor& v, const Tensor& pos, con
 }
 
 // spans (B G, 3): a head's first page in the arena, how many it owns, and where they begin in a list of the layer's pages
-void add_pages(Call& c, const Tensor& k, const Tensor& v, const Tensor& pos, const Tensor& a, const int32_t* spans) {
+void add_pages(Call& c, const Tensor& k, const Tensor& v, const Tensor& pos, const Tensor& a, const Tensor& where) {
+  expect_slots(c, k, v, pos);
+  expect(k.is_contiguous() && v.is_contiguous() && pos.is_contiguous() && a.is_contiguous() && where.is_contiguous(), "pages must be contiguous");
+  expect(a.scalar_type() == ScalarType::Float && a.numel() == pos.numel(), "log-weights must be float32, one a row");
+  expect(where.scalar_type() == ScalarType::Int && where.dim() == 2 && where.size(0) == c.B * c.G && where.size(1) == 3,
+         "spans must be int32 (B G, 3)");
+  const int32_t* spans = static_cast<const int32_t*>(where.const_data_ptr());
+  for (int64_t head = 0; head < c.B * c.G; head++)
+    expect(spans[3 * head] >= 0 && spans[3 * head + 1] >= 0 && spans[3 * head] + spans[3 * head + 1] <= k.size(0), "a span leaves the arena");
   const int64_t size = c.low ? 2 : 4, page = k.size(1);
   for (int64_t head = 0; head < c.B * c.G; head++) {
     const int64_t first = spans[3 * head] * page;
@@ -663,7 +706,7 @@ std::tuple<Tensor, Tensor> slot_attention(Tensor q, Tensor q_pos, Tensor k, Tens
 std::tuple<Tensor, Tensor> page_attention(Tensor q, Tensor q_pos, Tensor k, Tensor v, Tensor pos, Tensor a, Tensor spans,
                                           int64_t window) {
   Call c = prepare(q, q_pos, spans.size(0) / q.size(0), window);
-  add_pages(c, k, v, pos, a, static_cast<const int32_t*>(spans.const_data_ptr()));
+  add_pages(c, k, v, pos, a, spans);
   return answer(c, q);
 }
 
@@ -671,6 +714,9 @@ std::tuple<Tensor, Tensor> page_attention(Tensor q, Tensor q_pos, Tensor k, Tens
 std::tuple<Tensor, Tensor> observe(Call& c, const Tensor& q, std::vector<int64_t> size, const std::vector<int64_t>& at, const Tensor& lse,
                                    const Tensor& weight) {
   STD_TORCH_CHECK(weight.is_contiguous() && lse.is_contiguous(), "weights and log-sum-exps must be contiguous");
+  expect(weight.scalar_type() == ScalarType::Float && weight.numel() == c.B * c.T && lse.scalar_type() == ScalarType::Float &&
+             lse.numel() == c.B * c.H * c.T,
+         "weights must be float32 (B, T), log-sum-exps float32 (B, H, T)");
   const auto type = torch::headeronly::ScalarType::Float;
   Tensor mass = torch::stable::new_zeros(q, size, type), spikes = torch::stable::new_zeros(q, size, type);
   Sums to{static_cast<const float*>(weight.const_data_ptr()), static_cast<const float*>(lse.const_data_ptr()), {}, {}};
@@ -695,8 +741,10 @@ std::tuple<Tensor, Tensor> page_mass(Tensor q, Tensor q_pos, Tensor k, Tensor po
                                      Tensor weight, int64_t window) {
   Call c = prepare(q, q_pos, spans.size(0) / q.size(0), window);
   const int32_t* span = static_cast<const int32_t*>(spans.const_data_ptr());
-  add_pages(c, k, k, pos, a, span);
+  add_pages(c, k, k, pos, a, spans);
   std::vector<int64_t> at;
+  for (int64_t head = 0; head < c.B * c.G; head++)
+    expect(span[3 * head + 2] >= 0 && span[3 * head + 2] + span[3 * head + 1] <= listed.size(0), "a span leaves the list of pages");
   for (int64_t head = 0; head < c.B * c.G; head++) at.push_back(span[3 * head + 2] * k.size(1));
   return observe(c, q, {listed.size(0), k.size(1)}, at, lse, weight);
 }
@@ -704,6 +752,7 @@ std::tuple<Tensor, Tensor> page_mass(Tensor q, Tensor q_pos, Tensor k, Tensor po
 Tensor linear(Tensor x, Tensor weight) {
   const int64_t M = x.size(0), D = x.size(1), N = weight.size(0);
   STD_TORCH_CHECK(x.is_contiguous() && weight.is_contiguous() && weight.size(1) == D && D % 16 == 0, "rows must be contiguous");
+  expect(x.scalar_type() == weight.scalar_type(), "rows and weight must have the same dtype");
   Tensor out = torch::stable::new_empty(x, {M, N});
   if (x.scalar_type() == torch::headeronly::ScalarType::BFloat16) {
     few_rows(static_cast<const bf16*>(x.const_data_ptr()), M, static_cast<const bf16*>(weight.const_data_ptr()), N, D,

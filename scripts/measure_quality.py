@@ -11,7 +11,8 @@ KL(full || method) over them, in nats. `stream`: the prompt, then 768 true token
 over the 768. `prompt-stream`: never above it inside the prompt either. `passkey`: a number in prose, the question unseen while
 compressing, right if the first integer of ten greedy tokens is the number. `right`: the question ends in the blank before the number,
 which is a token of its own in some tokenizers; `free`: it ends before, and a small model may go on with something else. A row says the
-slots that were left at the prompt's end over the prompt's tokens. `weights`: KL(model || its int8 weights) over whole passages, without any cache.
+slots that were left at the prompt's end over the prompt's tokens. `weights`: KL(model || its int8 weights) over
+whole passages, without any cache.
 Passages follow one another through the text.
 """
 

@@ -65,7 +65,7 @@ class Static(Dynamic):
         past, after = StaticCache(config=self.model.config, max_cache_len=context + steps + 2), self.ids(steps + 1, batch)
         with torch.no_grad():
             self.model(self.ids(context, batch), past_key_values=past, use_cache=True, logits_to_keep=1)
-        step = torch.compile(self.model.forward, dynamic=False)
+        step = torch.compile(self.model.forward, dynamic=False, recompile_limit=64)  # one graph a context and batch
 
         @torch.no_grad()
         def one(t: int) -> None:

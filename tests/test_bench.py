@@ -46,7 +46,8 @@ def test_decode_and_prefill_rows(tiny: Path, capsys: pytest.CaptureFixture[str])
     weights = ours.weight_bytes(zoo.load(str(tiny), dtype="float32", compile="off").model)
     for r in got:
         if r["task"] == "decode":
-            assert r["bytes_per_step"] == weights + r["cache_bytes"]
+            assert r["bytes_per_step"] == weights + r["cache_read"]
+            assert r["cache_read"] <= r["cache_bytes"]
             rate = r["bytes_per_step"] / (r["ms_per_step"] / 1e3) / (r["machine"]["bandwidth"] * 1e9)
             assert r["share_of_bandwidth"] == pytest.approx(rate, rel=0.05, abs=2e-3)
             assert r["tokens_per_second"] == pytest.approx(1e3 * r["batch"] / r["ms_per_step"], rel=0.05)
@@ -60,6 +61,30 @@ def test_decode_and_prefill_rows(tiny: Path, capsys: pytest.CaptureFixture[str])
     assert full[400] == 400 * per_token + 8
     small = next(r for r in got if r["task"] == "decode" and r["attn"].startswith("subgen") and r["context"] == 400 and r["batch"] == 1)
     assert small["cache_bytes"] < full[400] / 2
+
+
+def test_each_row_runs_its_own_method(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cases are made before any of them runs: a method must not be the last one's."""
+    ran: list[str] = []
+    real = zoo.LM.prefill
+    monkeypatch.setattr(
+        zoo.LM, "prefill", lambda self, ids, cache, *a: ran.append(cache.about.partition(" ")[0]) or real(self, ids, cache, *a)
+    )
+    argv = ["prefill", "--model", str(tiny), "--attn", "full", "--attn", "sliding:window=5", "--contexts", "8", *SHORT]
+    assert [r["attn"] for r in rows(capsys, *argv)] == ["full", "sliding:window=5"]
+    assert ran == ["full", "sliding:window=5"] * 3
+
+
+def test_contexts_must_fit_the_model(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(bench.main, ["--model", str(tiny), "--contexts", "4096", *SHORT]) == 2
+    assert "holds 4096 tokens" in capsys.readouterr().err
+
+
+def test_bytes_of_the_families_heads(tiny_neox: Path) -> None:
+    """GPT-NeoX calls its output head embed_out; it is read all the same, and its input embedding is not."""
+    model = zoo.load(str(tiny_neox), compile="off").model
+    everything = sum(p.nbytes for p in model.parameters())
+    assert ours.weight_bytes(model) == everything - model.gpt_neox.embed_in.weight.nbytes
 
 
 def test_bytes_are_those_of_weights_that_a_step_reads(tmp_path: Path) -> None:

@@ -275,6 +275,37 @@ def test_what_is_checked_at_each_step() -> None:
 
 
 @pytest.mark.slow
+def test_guards_are_called_as_expected(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dynamo's own names for them, of a real step: most are left out, and what may change is not."""
+    asked: dict[str, bool] = {}
+    real = worth_checking
+    monkeypatch.setattr(compiled, "worth_checking", lambda kind, name: asked.setdefault(f"{kind} {name}", real(kind, name)))
+    lm = zoo.load(str(folder), dtype="float32", compile="on")
+    cache = lm.new_cache(1, max_tokens=20)
+    lm.prefill([1, 2, 3], cache)
+    lm.decode_step([4], cache)
+    left_out = [name for name, kept in asked.items() if not kept]
+    assert sum(name.startswith("TENSOR_MATCH self.model") for name in left_out) > 40
+    assert sum("cache._modules['6']" in name for name in left_out) > 2
+    assert any(kept and "cache._modules['0']" in name and name.startswith("TENSOR_MATCH") for name, kept in asked.items())
+
+
+@pytest.mark.slow
+def test_weights_that_change_are_compiled_anew(folder: Path) -> None:
+    """A cast model, though guards on weights are left out; and layers that are not alike run eagerly."""
+    lm = zoo.load(str(folder), dtype="float32", compile="on")
+    first = lm.generate("Call me", 6)
+    lm.model.double()
+    assert lm.generate("Call me", 6) == first
+    cache = lm.new_cache()
+    lm.prefill([1, 2, 3], cache)
+    cache[3].window = 2
+    before = dict(lm.step.ran)
+    lm.decode_step([4], cache)
+    assert lm.step.ran == {"compiled": before["compiled"], "eager": before["eager"] + 1}
+
+
+@pytest.mark.slow
 def test_a_cache_of_another_kind_is_another_graph(folder: Path) -> None:
     """Though only its first layer is looked at: methods, batches and windows in turn give what they give alone."""
     lm = zoo.load(str(folder), dtype="float32", compile="on")

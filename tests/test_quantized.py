@@ -42,6 +42,15 @@ def test_every_path_is_the_formula(shape: tuple[int, ...], dtype: torch.dtype, b
     assert (got.double() - true).abs().max() <= (1e-5 if dtype == torch.float32 else 0.02) * float(true.abs().max())
 
 
+def test_float16_does_not_overflow() -> None:
+    """A sum of products with numbers up to 127 does; with scaled weights it does not."""
+    l = layer()
+    x = torch.full((FEW + 4, 64), 200.0, dtype=torch.float16)
+    true = F.linear(x.double(), l.weight.double() * l.scale.double()[:, None])
+    assert (l(x).double() - true).abs().max() < 0.01 * true.abs().max()
+    assert (l(x[:1]).double() - true[:1]).abs().max() < 0.01 * true.abs().max()
+
+
 @pytest.mark.slow
 def test_a_compiled_row_is_the_formula() -> None:
     l = layer(True)

@@ -54,6 +54,8 @@ class Step:
         self.marked: weakref.WeakKeyDictionary[Caches, set[str | None]] = weakref.WeakKeyDictionary()  # -> kinds of choice it has seen
         self.ran: dict[str, int] = {"compiled": 0, "eager": 0}
         self.description = description
+        self.weights: list[tuple[Any, ...]] = []  # what they were like when the step was compiled
+        self.dtype: torch.dtype | None = None
 
     def eager(self, ids: Tensor, pos: Tensor, cache: Caches, choice: Choice | None = None) -> Tensor:
         """ids, pos (B, 1) -> logits (B, V) float32; with a choice, the next tokens (B,) instead."""
@@ -74,14 +76,14 @@ class Step:
     def __call__(self, ids: Tensor, pos: Tensor, cache: Caches, to_come: int, choice: Choice | None = None) -> Tensor:
         """One step. `to_come`: how many tokens are expected to follow, for `auto`."""
         kind = None if choice is None else choice.sampler.kind
-        new = kind not in self.marked.get(cache, ())
-        if new and not (self.wanted(cache, to_come, kind) and self.prepare()):
+        new = kind not in self.marked.get(cache, ()) or next(self.model.parameters()).dtype != self.dtype
+        if new and not (self.wanted(cache, to_come, kind) and alike(cache) and self.prepare()):
             self.ran["eager"] += 1
             return self.eager(ids, pos, cache, choice)
         assert self.compiled is not None
         try:
             out = (self.first if new else self.compiled)(ids, pos, cache, choice)
-        except Exception as e:  # Dynamo and Inductor raise many kinds; all of them come before the step has touched the cache
+        except Exception as e:  # Dynamo and Inductor raise many kinds, before the step has touched the cache
             if self.ran["compiled"] or self.mode == "on":
                 raise
             log.warning("torch.compile failed (%s); decoding runs eagerly", str(e).strip().partition("\n")[0])
@@ -99,8 +101,10 @@ class Step:
 
     def prepare(self) -> bool:
         """Make the compiled function, unless a tool is missing: then one line, and eager from here on."""
-        if self.compiled is not None:
+        weights = [(p.dtype, p.shape, p.stride()) for p in self.model.parameters()]
+        if self.compiled is not None and weights == self.weights:  # their guards are left out, so they are looked at here
             return True
+        self.weights, self.dtype, self.marked = weights, next(self.model.parameters()).dtype, weakref.WeakKeyDictionary()
         lacking = missing_tool() if self.model.rotary.inv_freq.device.type == "cpu" else None
         if lacking:
             log.warning("torch.compile cannot run here: %s; decoding runs eagerly", lacking)
@@ -120,11 +124,15 @@ class Step:
         """The first step with this cache: the one that may compile. The number of rows of its tensors is left open, so that growing does
         not recompile; Dynamo otherwise takes the shapes of buffers for constants. Nothing else is left open: it would also open whatever
         differs from an earlier method's cache, which nested regions cannot bind."""
+        from zoo.kernels.cpu import SOURCE
+
         assert self.compiled is not None
         for _, t, dim in open_dimensions(cache):
             torch._dynamo.maybe_mark_dynamic(t, dim)
         static = ("force_parameter_static_shapes", "force_nn_module_property_static_shapes", "automatic_dynamic_shapes")
-        with torch._dynamo.config.patch(dict.fromkeys(static, False)):
+        # What is on disk was compiled for these very kernels: Inductor knows operators by their names only.
+        tag = {"cache_key_tag": hashlib.sha256(SOURCE.read_bytes()).hexdigest()}
+        with torch._dynamo.config.patch(dict.fromkeys(static, False)), torch.compiler.config.patch(tag):  # type: ignore[attr-defined]
             return self.compiled(ids, pos, cache, choice)
 
 
@@ -134,6 +142,23 @@ def worth_checking(kind: str, name: str) -> bool:
     Weights change neither shape nor type, and all layers of a cache are alike, so that the first answers for the others.
     """
     return not (OTHER_LAYERS.match(name) or (kind == "TENSOR_MATCH" and name.startswith("self.")))
+
+
+def alike(cache: Caches) -> bool:
+    """Whether the layers differ in nothing that a compiled step takes for granted; if they do, the step runs eagerly."""
+
+    def about(layer: Any) -> list[Any]:
+        opened = {name: dim for name, _, dim in open_dimensions(layer)}
+        found: list[Any] = [type(layer), layer.window, layer.backend]
+        for prefix, part in layer.named_modules():
+            if not hasattr(part, "fields"):  # pages are one object for all layers
+                for name, t in part._buffers.items():
+                    path = f"{prefix}.{name}".lstrip(".")
+                    found.append((path, None if t is None else (t.dtype, [n for d, n in enumerate(t.shape) if d != opened.get(path)])))
+        return found
+
+    first = about(cache[0])
+    return all(about(layer) == first for layer in cache)
 
 
 OTHER_LAYERS = re.compile(r"cache\._modules\['[1-9]")

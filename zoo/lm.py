@@ -67,8 +67,7 @@ class LM:
         self.model, self.config, self.tokenizer = model, model.config, tokenizer
         self.attn, self.end_ids = attn, end_ids
         self.backend = choose(backend, self.device, self.dtype, self.config.head_dim)
-        if self.backend == "cpp":
-            use_kernels(model)
+        use_kernels(model, self.backend == "cpp")
         kinds = sorted({str(p.dtype) for p in model.parameters()})
         self.step = Step(model, compile, f"{type(model).__name__} {model.config} {kinds} {self.backend}")
         self.stats = Stats()
@@ -319,12 +318,15 @@ class StopText:
         return out
 
 
-def use_kernels(model: torch.nn.Module) -> None:
-    """Let linear layers of a few rows go to the CPU kernels, where those are made for their weights."""
+def use_kernels(model: torch.nn.Module, yes: bool) -> None:
+    """Let linear layers of a few rows go to the CPU kernels, where those are made for their weights, or back to the library."""
     from zoo.kernels.cpu import FEW, WORDS
 
     for module in model.modules():
-        if type(module) is Linear and module.weight.dtype in (torch.bfloat16, torch.float32) and not module.in_features % WORDS:
+        if type(module) is not Linear:
+            continue
+        module.few = 0
+        if yes and module.weight.dtype in (torch.bfloat16, torch.float32) and not module.in_features % WORDS:
             module.few = FEW
 
 

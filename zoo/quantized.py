@@ -48,12 +48,15 @@ class Int8Linear(Linear):
         if one_compiled_row(x):
             y = row_times(x, self.weight) * self.scale
             return (y if self.bias is None else y + self.bias).to(x.dtype).view(*x.shape[:-1], -1)
+        if x.dtype == torch.float16:  # sums of products with numbers up to 127 exceed its range
+            return F.linear(x, (self.weight * self.scale[:, None]).to(x.dtype), self.bias)
         rows = x.numel() // x.shape[-1]
         if rows <= FEW and x.device.type == "cpu":
-            y = torch.ops.aten._weight_int8pack_mm(x.reshape(rows, -1), self.weight, self.scale.to(x.dtype))
+            y = torch.ops.aten._weight_int8pack_mm(x.reshape(rows, -1), self.weight, torch.ones_like(self.scale, dtype=x.dtype))
             y = y.view(*x.shape[:-1], -1)
         else:
-            y = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+            y = F.linear(x, self.weight.to(x.dtype))
+        y = (y.to(torch.promote_types(x.dtype, torch.float32)) * self.scale).to(x.dtype)
         return y if self.bias is None else y + self.bias
 
 
@@ -75,6 +78,8 @@ def quantize(model: nn.Module, weights: str | None) -> None:
     torchao_log.setLevel(logging.ERROR)  # it warns of its own GPU extensions, which nothing here needs
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except Exception as e:
+        raise ZooError(f"torchao cannot be imported ({str(e).partition(chr(10))[0]}); pip install --upgrade 'subgen-zoo[quant]'") from e
     finally:
         torchao_log.setLevel(level)
     for name in [name for name, module in model.named_modules() if isinstance(module, Linear)]:  # names: each weight is freed at once

@@ -100,7 +100,9 @@ class Sampler:
         """The same with its numbers as () float32 tensors: a compiled step would take them for constants."""
 
         def convert(f: Any) -> Any:
-            floats = {x.name: getattr(f, x.name) for x in dataclasses.fields(f) if isinstance(getattr(f, x.name), float)}
+            if not dataclasses.is_dataclass(f) or isinstance(f, (TopK, type)):  # k is a size
+                return f
+            floats = {x.name: getattr(f, x.name) for x in dataclasses.fields(f) if isinstance(getattr(f, x.name), (int, float))}
             return dataclasses.replace(f, **{name: torch.tensor(x, dtype=torch.float32, device=device) for name, x in floats.items()})
 
         return Sampler(tuple(convert(f) for f in self.filters), self.draw)

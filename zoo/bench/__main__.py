@@ -102,7 +102,7 @@ def row(case: Any, rates: dict[str, float], base: dict[str, Any]) -> dict[str, A
     task, batch = base["task"], case.about.get("batch", 1)
     scale = 1e3 * batch / case.work if task == "decode" else 1.0  # milliseconds a step, or seconds a run
     times = [scale * s for s in case.seconds]
-    low, middle, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
     out = base | {k: v for k, v in case.about.items() if k != "folder"} | {"turns": len(times)} | case.more()
     out |= {"ms_per_step" if task == "decode" else "seconds": round(middle, 3), "quartiles": [round(low, 3), round(high, 3)]}
     if task == "decode":
@@ -143,6 +143,9 @@ def cases_of(task: str, args: Any, lms: dict[str | None, Any], peers: dict[str, 
         each = [ours.startups(args.model, attn, args.dtype, args.threads, args.new_tokens, args.cold) for attn in args.attn]
         return [({"who": who}, c) for cases in each for who, c in cases]
     cases: list[tuple[dict[str, Any], Any]] = []
+    most = next(iter(lms.values())).config.max_position_embeddings
+    if max(args.contexts) + args.steps > most:
+        raise ZooError(f"--contexts {max(args.contexts)} and {args.steps} steps: this model's context holds {most} tokens")
     for batch in args.batch:
         for context in args.contexts:
             for attn in args.attn:

@@ -1,6 +1,7 @@
 """What this machine can do: the two rates that bound a language model, measured in the same run as everything else.
 
-bandwidth   bytes a second that a sum over a large matrix reads: a decode step, which needs each weight once, cannot be faster
+bandwidth   bytes a second that a sum over a large matrix reads, or its product with a vector if that is faster: a decode step, which
+            needs each weight once, cannot be faster
 matvec      bytes a second of the same matrix times a vector by PyTorch (float32): what a library's own matrix-vector product reaches
 gemm        floating-point operations a second of a large matrix product; prefill is made of these
 """

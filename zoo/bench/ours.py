@@ -40,11 +40,23 @@ class Case:
 
 def weight_bytes(model: Any) -> int:
     """Bytes of weights that a decode step reads: all of them once, but of an embedding that is no output head, only a row."""
-    tensors: dict[int, int] = {}
-    for name, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
-        if "embed" not in name and "rotary" not in name:
-            tensors[t.data_ptr()] = t.nbytes
-    return sum(tensors.values())
+
+    def weights(module: Any) -> list[Tensor]:
+        return [*module.parameters(recurse=False), *(t for name, t in module.named_buffers(recurse=False) if name == "scale")]
+
+    read = [t for m in model.modules() if not isinstance(m, torch.nn.Embedding) for t in weights(m)]
+    return sum({t.data_ptr(): t.nbytes for t in read}.values())
+
+
+def read_bytes(cache: Any) -> int:
+    """Bytes of a cache that a decode step reads: of each slot the key, the value, the position and, where slots have one, the log-weight.
+    What a method keeps beside slots, to work on them between steps, is not among them."""
+    total = 0
+    for layer in cache:
+        held, s = int((layer.slots().pos >= 0).sum()), layer.store
+        small = 8 if hasattr(layer, "pages") or s.a is not None else 4 / (s.k.shape[1] // s.pos.shape[1])  # heads may share positions
+        total += int(held * (2 * s.k.shape[3] * s.k.element_size() + small))
+    return total
 
 
 def matrix_flops(model: Any) -> int:
@@ -90,22 +102,24 @@ def decode(lm: Any, attn: str, context: int, batch: int, steps: int) -> Case:
             lm.decode_step(after[:, 1 + t], cache, choice=greedy)
         return time.perf_counter() - start
 
-    about = {"attn": str(lm.attn), "context": context, "batch": batch, "cache_bytes": size.used, "cache_allocated": size.allocated}
-    return Case(about, run, steps * batch, bytes=weight_bytes(lm.model) + size.used)
+    read = read_bytes(base)
+    about = {"attn": str(lm.attn), "context": context, "batch": batch}
+    about |= {"cache_bytes": size.used, "cache_allocated": size.allocated, "cache_read": read}
+    return Case(about, run, steps * batch, bytes=weight_bytes(lm.model) + read)
 
 
 def prefill(lm: Any, attn: str, context: int, batch: int) -> Case:
     """A prompt, from its first token to the logits of the last, compressing included."""
-    lm.attn = parse(attn)
-    ids = some_ids(lm.config.vocab_size, context, batch)
+    method, ids = parse(attn), some_ids(lm.config.vocab_size, context, batch)
 
     def run() -> float:
+        lm.attn = method
         start = time.perf_counter()
         lm.prefill(ids, lm.new_cache(batch, max_tokens=context + 1, prompt_tokens=context))
         return time.perf_counter() - start
 
     flops = batch * (context * matrix_flops(lm.model) + attention_flops(lm.config, context))
-    return Case({"attn": str(lm.attn), "context": context, "batch": batch}, run, context * batch, flops=flops)
+    return Case({"attn": str(method), "context": context, "batch": batch}, run, context * batch, flops=flops)
 
 
 def load(name: str, dtype: str, weights: str | None) -> Case:
@@ -147,7 +161,7 @@ def startup(name: str, attn: str, dtype: str, compile: str, threads: int, new: i
 
 def startups(name: str, attn: str, dtype: str, threads: int, new: int, cold: bool) -> list[tuple[str, Case]]:
     """Starting eagerly, compiled, and as `auto` chooses, with a cache folder of this run's own that the first turn fills; `cold`: also
-    compiled with an empty one each time."""
+    compiled with an empty one each time (the CPU kernels, 4 s, are kept all the same)."""
     shared = tempfile.TemporaryDirectory(prefix="zoo-bench-")
     kept = os.environ | {"TORCHINDUCTOR_CACHE_DIR": shared.name}
 
@@ -156,7 +170,7 @@ def startups(name: str, attn: str, dtype: str, threads: int, new: int, cold: boo
 
     cases = [(f"zoo, compile={c}", startup(name, attn, dtype, c, threads, new, lambda: kept)) for c in ("auto", "off", "on")]
     if cold:
-        cases.append(("zoo, nothing cached", startup(name, attn, dtype, "on", threads, new, empty)))
+        cases.append(("zoo, compiled anew", startup(name, attn, dtype, "on", threads, new, empty)))
     for _, case in cases:
         case.about["folder"] = shared  # lives as long as the cases
     return cases

@@ -32,7 +32,7 @@ def load(what: str, folder: Path, dtype: torch.dtype, threads: int, longest: int
         raise ZooError(f"--peer {path} has no {unknown[0]!r}; it has {', '.join(peers)}")
     try:
         return {name: peers[name](folder, dtype, threads, longest) for name in wanted}
-    except ImportError as e:
+    except (ImportError, OSError, RuntimeError, ValueError) as e:
         raise ZooError(f"--peer {path} cannot be used: {e}; {need}") from e
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,8 @@ def table(rows: Rows) -> str:
 
 
 def write(rows: Rows, folder: Path) -> None:
-    """rows.jsonl and, where matplotlib is installed, decode.png: milliseconds and bytes a step against the context. Raises ZooError when
-    the folder cannot be written, and after rows.jsonl, when there is no matplotlib."""
+    """rows.jsonl and, where matplotlib is installed, decode.png: milliseconds a step and megabytes of cache against the context. Raises
+    ZooError when the folder cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -67,7 +68,8 @@ def write(rows: Rows, folder: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ZooError(f"wrote {folder}/rows.jsonl; plots need matplotlib: pip install matplotlib") from None
+        print(f"wrote {folder}/rows.jsonl; plots need matplotlib: pip install matplotlib", file=sys.stderr)
+        return
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     for who in dict.fromkeys(f"{name_of(r)} {r['dtype']}" for r in some):

@@ -48,9 +48,10 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
         if not one_compiled_row(x):
-            if rows > self.few or x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float32):
+            fits = x.device.type == "cpu" and x.dtype == self.weight.dtype and x.dtype in (torch.bfloat16, torch.float32)
+            if rows > self.few or not fits or x.requires_grad or self.weight.requires_grad:
                 return F.linear(x, self.weight, self.bias)
-            y = torch.ops.zoo.linear(x.reshape(rows, -1), self.weight).view(*x.shape[:-1], -1)
+            y = torch.ops.zoo.linear(x.reshape(rows, -1).contiguous(), self.weight).view(*x.shape[:-1], -1)
             return y if self.bias is None else y + self.bias
         y = row_times(x, self.weight)
         y = y if self.bias is None else y + self.bias
