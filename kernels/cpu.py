@@ -42,8 +42,10 @@ def covers(device: torch.device, dtype: torch.dtype, head_dim: int, rows: int) -
     """Whether the kernels are made for this: `rows` is T H / G. Many rows need bfloat16 and AVX-512, whose GEMM they use."""
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float32) or head_dim % WORDS or head_dim > WIDEST:
         return False
-    library = bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)  # whose GEMM many rows take
-    return rows <= FEW or (dtype == torch.bfloat16 and library and "AVX512" in torch.backends.cpu.get_cpu_capability().upper())
+    if rows <= FEW:
+        return True
+    library = torch.compiler.is_compiling() or bool(torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled)
+    return dtype == torch.bfloat16 and library and "AVX512" in torch.backends.cpu.get_cpu_capability().upper()
 
 
 @functools.cache
