@@ -60,7 +60,7 @@ def test_readme_command(
         extra, argv = [], [argv[0], str(folder), *argv[2:]]
     elif module == "zoo.bench":
         extra += ["--steps", "2", "--repeats", "1", "--compile", "off"]
-        argv = [x for x in argv if not x[:1].isdigit()] + ["--contexts", "6"]
+        argv = [x for x in argv if not x[:1].isdigit() and x != "--contexts"] + ["--contexts", "6"]
     elif "--list" not in argv:
         extra += ["--max-new-tokens", "5"]
     mains = {"zoo.generate": generate, "zoo.chat": chat, "zoo.bench": bench, "zoo.checkpoint": inspection, "zoo.calibrate": calibrate}
