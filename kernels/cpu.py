@@ -57,7 +57,9 @@ def ready(folder: Path) -> bool:
         torch.ops.load_library(build(folder))
     except (OSError, RuntimeError, subprocess.SubprocessError) as e:
         why = getattr(e, "stderr", None) or str(e)
-        log.warning("the CPU kernels cannot be used (%s); attention runs through PyTorch's own", why.strip().partition("\n")[0])
+        log.warning(
+            "the CPU kernels cannot be used (%s); attention and linear layers run through PyTorch's own", why.strip().partition("\n")[0]
+        )
         return False
     declare()
     return True
@@ -68,7 +70,7 @@ def build(folder: Path) -> Path:
     compiler's words."""
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     if not compiler or not shutil.which(compiler[0]):
-        raise OSError("no C++ compiler: install g++")
+        raise OSError(f"no C++ compiler {compiler[0]!r}: install g++, or let CXX name one" if compiler else "CXX is empty")
     if sys.platform != "linux":
         raise OSError(f"they are built on Linux only, not on {sys.platform}")
     root = Path(torch.__file__).parent

@@ -127,5 +127,5 @@ def test_what_is_unknown_or_missing_says_so(tiny: Path, monkeypatch: pytest.Monk
     with pytest.raises(ZooError, match="weights='int3' is unknown; choose int8"):
         zoo.load(str(tiny), weights="int3")
     monkeypatch.setattr(quantized.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ZooError, match=r"pip install 'subgen-zoo\[quant\]'"):
+    with pytest.raises(ZooError, match="pip install 'torchao"):
         zoo.load(str(tiny), weights="int8")

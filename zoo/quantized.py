@@ -65,7 +65,7 @@ def check(weights: str | None) -> None:
     if weights is not None and weights not in WEIGHTS:
         raise ZooError(f"weights={weights!r} is unknown; choose {', '.join(WEIGHTS)}, or leave it out")
     if weights is not None and importlib.util.find_spec("torchao") is None:
-        raise ZooError(f"weights={weights} needs torchao: pip install 'subgen-zoo[quant]'")
+        raise ZooError(f"weights={weights} needs torchao: pip install 'torchao>=0.18'")
 
 
 def quantize(model: nn.Module, weights: str | None) -> None:
@@ -79,7 +79,7 @@ def quantize(model: nn.Module, weights: str | None) -> None:
     try:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
     except Exception as e:
-        raise ZooError(f"torchao cannot be imported ({str(e).partition(chr(10))[0]}); pip install --upgrade 'subgen-zoo[quant]'") from e
+        raise ZooError(f"torchao cannot be imported ({str(e).partition(chr(10))[0]}); pip install --upgrade torchao") from e
     finally:
         torchao_log.setLevel(level)
     for name in [name for name, module in model.named_modules() if isinstance(module, Linear)]:  # names: each weight is freed at once

@@ -356,11 +356,14 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
         return backend
     from zoo.kernels import cpu
 
-    if cpu.covers(device, dtype, head_dim, 1) and kernels_ready():
+    made = cpu.covers(device, dtype, head_dim, 1)
+    if made and kernels_ready():
         return "cpp"
     if backend == "cpp":
+        if made:
+            raise ZooError("backend 'cpp' cannot be used: its kernels could not be built, for the reason in the line above")
         raise ZooError(
-            f"backend 'cpp' needs g++, float32 or bfloat16 on a CPU, and heads of a multiple of 16; here: {dtype} on {device}, {head_dim}"
+            f"backend 'cpp' is made for float32 or bfloat16 on a CPU, and heads of a multiple of 16; here: {dtype} on {device}, {head_dim}"
         )
     return "auto"
 
