@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -172,7 +172,7 @@ def test_chunks_change_nothing_in_other_families(lms: dict[str, LM], ids: Tensor
     """The same, past the model's own window of 300 where it has one, and where a quarter of each head turns. In float64: in float32 these
     weights blow rounding up to 2e-4 of a logit, by PyTorch's kernels as by zoo's, held against float64."""
     one, attn = lms[family], spell(attn, budget=160)
-    lm = LM(copy.deepcopy(one.model).double(), one.tokenizer, one.attn, one.end_ids, compile="off")
+    lm = LM(deepcopy(one.model).double(), one.tokenizer, one.attn, one.end_ids, compile="off")
     prompt, end = (331, 500) if family == "windowed" else (231, 330)
     whole, parts = new(lm, attn), new(lm, attn)
     expected = feed(lm, whole, ids[:1, :end], prompt, 1000)
