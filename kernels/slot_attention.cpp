@@ -384,6 +384,18 @@ void mask(float* x, const Head& h, int64_t s, int64_t count, const int64_t* at, 
   }
 }
 
+// Query rows first, first + 1, ... of a kv head into q (ROWS, D), zeros behind them, and where they stand -> the first and last position
+std::pair<int64_t, int64_t> read_tile(const Call& c, int64_t head, int64_t first, int64_t rows, bf16* q, int64_t* at) {
+  int64_t low = std::numeric_limits<int64_t>::max(), high = -1;
+  std::fill_n(q, ROWS * c.D, bf16(0.f));
+  for (int64_t m = 0; m < rows; m++) {
+    std::memcpy(q + m * c.D, query<bf16>(c, head, first + m), c.D * 2);
+    at[m] = c.at[head / c.G * c.T + (first + m) % c.T];
+    if (at[m] >= 0) low = std::min(low, at[m]), high = std::max(high, at[m]);
+  }
+  return {low, high};
+}
+
 bool probe() {  // throws here, where that is an error, if the library has no such GEMM; among threads it would end the process
   alignas(64) bf16 a[16 * 32] = {}, b[32 * 16] = {};
   alignas(64) float x[16 * 16];
@@ -393,8 +405,6 @@ bool probe() {  // throws here, where that is an error, if the library has no su
 }
 
 void many(const Call& c) {
-  static const bool there = probe();
-  (void)there;
   const int64_t M = c.rows(), D = c.D, tiles = (M + ROWS - 1) / ROWS, heads = c.B * c.G;
   const float scale = 1 / std::sqrt(float(D));
   std::vector<Packed> packed(heads);
@@ -423,16 +433,7 @@ void many(const Call& c) {
     for (int64_t task = 0; task < heads * tiles; task++) {
       const int64_t head = task % heads, first = (tiles - 1 - task / heads) * ROWS, rows = std::min(ROWS, M - first);
       const Head& h = c.heads[head];
-      int64_t low = std::numeric_limits<int64_t>::max(), high = -1;
-      for (int64_t m = 0; m < ROWS; m++) {
-        if (m < rows) {
-          std::memcpy(&q[m * D], query<bf16>(c, head, first + m), D * 2);
-          at[m] = c.at[head / c.G * c.T + (first + m) % c.T];
-          if (at[m] >= 0) low = std::min(low, at[m]), high = std::max(high, at[m]);
-        } else {
-          std::fill_n(&q[m * D], D, bf16(0.f));
-        }
-      }
+      const auto [low, high] = read_tile(c, head, first, rows, q.data(), at.data());
       std::fill(num.begin(), num.end(), 0.f), std::fill(max.begin(), max.end(), NONE), std::fill(den.begin(), den.end(), 0.f);
       for (size_t i = 0; i < packed[head].seen.size(); i++) {
         const Seen& seen = packed[head].seen[i];
@@ -514,8 +515,6 @@ void few_mass(const Call& c, const Sums& to) {
 }
 
 void many_mass(const Call& c, const Sums& to) {
-  static const bool there = probe();
-  (void)there;
   const int64_t M = c.rows(), D = c.D, tiles = (M + ROWS - 1) / ROWS;
   const float scale = 1 / std::sqrt(float(D));
   std::vector<std::pair<int64_t, int64_t>> tasks;
@@ -540,16 +539,8 @@ void many_mass(const Call& c, const Sums& to) {
       std::fill(sum.begin(), sum.end(), 0.f), std::fill(squares.begin(), squares.end(), 0.f);
       for (int64_t tile = 0; tile < tiles; tile++) {
         const int64_t first = tile * ROWS, rows = std::min(ROWS, M - first);
-        int64_t at[ROWS], low = std::numeric_limits<int64_t>::max(), high = -1;
-        for (int64_t m = 0; m < ROWS; m++) {
-          if (m < rows) {
-            std::memcpy(&q[m * D], query<bf16>(c, head, first + m), D * 2);
-            at[m] = c.at[head / c.G * c.T + (first + m) % c.T];
-            if (at[m] >= 0) low = std::min(low, at[m]), high = std::max(high, at[m]);
-          } else {
-            std::fill_n(&q[m * D], D, bf16(0.f));
-          }
-        }
+        int64_t at[ROWS];
+        const auto [low, high] = read_tile(c, head, first, rows, q.data(), at);
         if (seen.hidden(low, high, c.window)) continue;
         at::native::cpublas::brgemm(ROWS, COLUMNS, D, D, COLUMNS, COLUMNS, false, q.data(), reinterpret_cast<const bf16*>(k.data()),
                                     x.data(), true);
@@ -594,6 +585,11 @@ void few_rows(const K* x, int64_t M, const K* weight, int64_t N, int64_t D, K* o
 
 // What PyTorch calls
 
+void need_gemm() {
+  static const bool there = probe();
+  (void)there;
+}
+
 constexpr int64_t FEW = 16;  // query rows of a kv head up to which keys are best read as they lie
 
 void run(const Call& c) {
@@ -602,6 +598,7 @@ void run(const Call& c) {
   } else if (c.rows() <= FEW) {
     few<bf16>(c);
   } else {
+    need_gemm();
     many(c);
   }
 }
@@ -613,6 +610,7 @@ void run(const Call& c, const Sums& to, int64_t queries) {  // queries: B T
   } else if (c.rows() <= FEW) {
     few_mass<bf16>(c, to);
   } else {
+    need_gemm();
     many_mass(c, to);
   }
 }

@@ -384,13 +384,13 @@ def test_the_files_own_dtype(generate: Call, tmp_path: Path) -> None:
 
 def test_backend(generate: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     counts: dict[str, int] = {}
-    for name, function in dict(zoo.attention.slots.BACKENDS).items():
+    for name, function in dict(zoo.attention.backends.BACKENDS).items():
 
         def counted(*args: Any, name: str = name, function: Any = function) -> Any:
             counts[name] = counts.get(name, 0) + 1
             return function(*args)
 
-        monkeypatch.setitem(zoo.attention.slots.BACKENDS, name, counted)
+        monkeypatch.setitem(zoo.attention.backends.BACKENDS, name, counted)
     texts, ran = set(), {}
     for backend in ("auto", "eager", "sdpa", "cpp"):
         counts.clear()

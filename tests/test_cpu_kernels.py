@@ -18,7 +18,8 @@ from zoo.kernels import cpu
 
 import zoo
 from zoo.attention import parse
-from zoo.attention.slots import PagedSlots, Slots, chunk_mass, kernels_ready, paged_mass, paged_parts, slot_attention, slot_mass, slot_parts
+from zoo.attention.backends import kernels_ready
+from zoo.attention.slots import PagedSlots, Slots, chunk_mass, paged_mass, paged_parts, slot_attention, slot_mass, slot_parts
 from zoo.attention.store import PAGE
 from zoo.errors import ZooError
 from zoo.folders import cache_folder
@@ -248,8 +249,8 @@ sys.path[:0] = sys.argv[2:]
 from zoo.kernels import cpu
 torch.ops.load_library(sys.argv[1])
 cpu.declare()
-import zoo.attention.slots as slots
-slots.kernels_ready = lambda: True
+import zoo.attention.backends as backends
+backends.kernels_ready = lambda: True
 import test_cpu_kernels as t
 for weights in (False, True):
     for window in (None, 50):

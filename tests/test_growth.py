@@ -98,7 +98,7 @@ def test_counts_against_plain_loops() -> None:
     g = torch.Generator().manual_seed(3)
     x = torch.randn(90, 3, generator=g)
     d, delta = draw.distances(x), 0.8
-    assert torch.allclose(d, torch.cdist(x.double(), x.double()).float(), atol=1e-3)
+    torch.testing.assert_close(d, torch.cdist(x.double(), x.double()).float(), rtol=0, atol=1e-3)
     leads, found = [], []
     for i in range(len(x)):
         if all(math.dist(x[i].tolist(), x[j].tolist()) > delta for j in leads):
@@ -166,12 +166,14 @@ def test_both_sides_of_the_rotary_embedding(tiny: Path) -> None:
     held = cache[1].slots()
     assert run.k[1].shape[1] == len(ids)
     assert run.k[1].std() > 0.1
-    assert torch.allclose(run.k[1], held.k[0][:, held.pos[0, 0] >= 0], atol=1e-5)
-    assert torch.allclose(run.v[1], held.v[0][:, held.pos[0, 0] >= 0], atol=1e-5)
+    torch.testing.assert_close(run.k[1], held.k[0][:, held.pos[0, 0] >= 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(run.v[1], held.v[0][:, held.pos[0, 0] >= 0], rtol=0, atol=1e-5)
     assert [x.shape[1] for x in run.q] == [4, 4]
     both = draw.sides(lm, run.k[1][0])
     x = torch.randn(50, 16)
-    assert torch.allclose(draw.sides(lm, lm.model.rotary.rotate(x[None, None], torch.arange(50)[None])[0, 0])["before"], x, atol=1e-5)
+    torch.testing.assert_close(
+        draw.sides(lm, lm.model.rotary.rotate(x[None, None], torch.arange(50)[None])[0, 0])["before"], x, rtol=0, atol=1e-5
+    )
     assert torch.equal(both["after"], run.k[1][0])
 
 

@@ -12,13 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from zoo.attention.backends import BACKENDS, attention
 from zoo.attention.slots import (
-    BACKENDS,
     PAGE,
     PagedSlots,
     Parts,
     Slots,
-    attention,
     finish,
     flash_pages,
     flash_slots,
@@ -261,7 +260,7 @@ def test_pages_are_the_literal_sum(seed: int, counts: list[int], T: int, window:
     parts = paged_parts(q, q_pos, pages)
     out, total, _ = literal_sums(q, q_pos, dense)
     assert (finish(parts, torch.float64) - out).abs().max() < 1e-6
-    assert torch.allclose(log_sum(parts), total, atol=1e-6)  # -inf where nothing is seen
+    torch.testing.assert_close(log_sum(parts), total, rtol=0, atol=1e-6)  # -inf where nothing is seen
 
     _, _, tail = make(seed + 1, more, B=2, G=2, weights="", T=T)
     tail = replace(tail, pos=torch.where(tail.pos >= 0, tail.pos + 15, -1), window=window)
@@ -272,8 +271,8 @@ def test_pages_are_the_literal_sum(seed: int, counts: list[int], T: int, window:
     for queries in (None, counted):
         out, total, mass = literal_sums(q, q_pos, both, queries)
         assert (finish(whole, torch.float64) - out).abs().max() < 1e-6
-        assert torch.allclose(log_sum(whole), total, atol=1e-6)
-        assert torch.allclose(slot_mass(q, q_pos, tail, whole, queries), mass[:, :, dense.k.shape[2] :], atol=1e-6)
+        torch.testing.assert_close(log_sum(whole), total, rtol=0, atol=1e-6)
+        torch.testing.assert_close(slot_mass(q, q_pos, tail, whole, queries), mass[:, :, dense.k.shape[2] :], rtol=0, atol=1e-6)
         got = paged_mass(q, q_pos, pages, whole, queries)
         assert got.shape == (len(pages.pages), PAGE)
         assert (got[pages.pos[pages.pages.long()] < 0] == 0).all()
@@ -281,8 +280,8 @@ def test_pages_are_the_literal_sum(seed: int, counts: list[int], T: int, window:
             b, g = divmod(head, 2)
             mine = got[pages.table[head].long()].flatten()
             where = pages.pos[pages.pages[pages.table[head].long()].long()].flatten() >= 0
-            assert torch.allclose(mine[where].sort().values, mass[b, g, : counts[head]].sort().values, atol=1e-6)
-            assert torch.allclose(mine.sum(), mass[b, g, : dense.k.shape[2]].sum(), atol=1e-6)
+            torch.testing.assert_close(mine[where].sort().values, mass[b, g, : counts[head]].sort().values, rtol=0, atol=1e-6)
+            torch.testing.assert_close(mine.sum(), mass[b, g, : dense.k.shape[2]].sum(), rtol=0, atol=1e-6)
 
 
 def wrong_owner(s: PagedSlots) -> PagedSlots:
@@ -370,7 +369,7 @@ def check_fused(got: Parts, q: Tensor, q_pos: Tensor, low: Slots, exact: Parts) 
     assert error.max() <= allowed
     nothing = true.abs().amax(-1) == 0
     assert (finish(got, torch.float64)[nothing] == 0).all()
-    assert torch.allclose(log_sum(got).double(), log_sum(exact), atol=1e-4 if q.dtype == torch.float32 else 2e-3)
+    torch.testing.assert_close(log_sum(got).double(), log_sum(exact), rtol=0, atol=1e-4 if q.dtype == torch.float32 else 2e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

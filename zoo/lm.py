@@ -14,14 +14,14 @@ from torch import Tensor
 
 from zoo import checkpoint, hub
 from zoo.attention import Attention, parse
+from zoo.attention.backends import BACKENDS, choose
 from zoo.attention.cache import Caches
-from zoo.attention.slots import BACKENDS, choose
 from zoo.compiled import Step
 from zoo.errors import ZooError
-from zoo.models.layers import Linear
+from zoo.models.layers import use_kernels
 from zoo.quantized import check, quantize
 from zoo.sampling import Choice, Sampler, sampler
-from zoo.tokenizer import Tokenizer
+from zoo.tokenizer import StopText, Tokenizer
 
 CHUNK = 512  # prompt tokens a model call: long enough for matrix products near their peak, short enough that scores stay small
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -288,46 +288,6 @@ class LM:
         """The answer to a conversation [{"role": "user", "content": "..."}], by the checkpoint's own chat template. Options as in
         `stream`."""
         return "".join(self.stream(self.tokenizer.chat(messages), max_new_tokens, **options))
-
-
-class StopText:
-    """Streaming text that ends before the first stop string: what might be the start of one is held back until it is not."""
-
-    def __init__(self, stream: Any, stop: Sequence[str]) -> None:
-        stop = (stop,) if isinstance(stop, str) else stop
-        if not all(stop):
-            raise ZooError("a stop string is empty; leave it out instead")
-        self.stream, self.stop, self.held, self.stopped = stream, tuple(stop), "", False
-
-    def push(self, token: int) -> str:
-        return self.take(self.stream.push(token), final=False)
-
-    def finish(self) -> str:
-        return self.take(self.stream.finish(), final=True)
-
-    def take(self, piece: str, final: bool) -> str:
-        if self.stopped:
-            return ""
-        self.held += piece
-        found = [i for i in (self.held.find(s) for s in self.stop) if i >= 0]
-        if found:
-            self.stopped, out, self.held = True, self.held[: min(found)], ""
-            return out
-        keep = 0 if final else max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
-        out, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        return out
-
-
-def use_kernels(model: torch.nn.Module, yes: bool) -> None:
-    """Let linear layers of a few rows go to the CPU kernels, where those are made for their weights, or back to the library."""
-    from zoo.kernels.cpu import FEW, WORDS
-
-    for module in model.modules():
-        if type(module) is not Linear:
-            continue
-        module.few = 0
-        if yes and module.weight.dtype in (torch.bfloat16, torch.float32) and not module.in_features % WORDS:
-            module.few = FEW
 
 
 def load(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -189,3 +189,31 @@ def _text(token: Any) -> str | None:
     """A token in tokenizer_config.json is its text, or an object that holds it."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
+
+
+class StopText:
+    """Streaming text that ends before the first stop string: what might be the start of one is held back until it is not."""
+
+    def __init__(self, stream: Any, stop: Sequence[str]) -> None:
+        stop = (stop,) if isinstance(stop, str) else stop
+        if not all(stop):
+            raise ZooError("a stop string is empty; leave it out instead")
+        self.stream, self.stop, self.held, self.stopped = stream, tuple(stop), "", False
+
+    def push(self, token: int) -> str:
+        return self.take(self.stream.push(token), final=False)
+
+    def finish(self) -> str:
+        return self.take(self.stream.finish(), final=True)
+
+    def take(self, piece: str, final: bool) -> str:
+        if self.stopped:
+            return ""
+        self.held += piece
+        found = [i for i in (self.held.find(s) for s in self.stop) if i >= 0]
+        if found:
+            self.stopped, out, self.held = True, self.held[: min(found)], ""
+            return out
+        keep = 0 if final else max((n for s in self.stop for n in range(1, len(s)) if self.held.endswith(s[:n])), default=0)
+        out, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return out

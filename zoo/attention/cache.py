@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.attention.slots import Slots, attention
+from zoo.attention.backends import attention
+from zoo.attention.slots import Slots
 from zoo.attention.store import SlotStore
 from zoo.errors import ZooError
 

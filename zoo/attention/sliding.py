@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from zoo.attention.backends import attention
 from zoo.attention.cache import Attention, Caches
 from zoo.attention.full import FullCache
-from zoo.attention.slots import Slots, attention
+from zoo.attention.slots import Slots
 from zoo.errors import ZooError
 
 

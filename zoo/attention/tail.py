@@ -13,17 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.attention.backends import attention, covered, cpp_parts
 from zoo.attention.cache import Cache, round_up
 from zoo.attention.slots import (
     PAGE,
     PagedSlots,
     Parts,
     Slots,
-    attention,
     blend,
     chunk_mass,
-    covered,
-    cpp_parts,
     finish,
     flash_pages,
     flash_slots,
@@ -98,7 +96,7 @@ class BudgetedCache(Cache):
         observing = self.method.observes > 0 and self.store.mass is not None
         if not some and not observing:
             return attention(q, pos, tail, self.backend)
-        settled = self.read_settled()
+        settled = self.read_settled(looped=fused and not kernel)
         if kernel:
             from zoo.kernels import cpu
 
@@ -114,9 +112,10 @@ class BudgetedCache(Cache):
             self.observe(q, pos, whole, tail, settled if some else None, kernel)
         return whole.num.view(q.shape).to(q.dtype) if fused else finish(whole, q.dtype)
 
-    def read_settled(self) -> PagedSlots:
+    def read_settled(self, looped: bool = False) -> PagedSlots:
+        """looped: with a view of each head's rows, for what goes through heads one by one."""
         p = self.pages
-        views = () if torch.compiler.is_compiling() else p.views(self.index)
+        views = p.views(self.index) if looped and not torch.compiler.is_compiling() else ()
         return PagedSlots(p.k, p.v, p.pos, p.a, self.listed, self.owner, self.table, (), views, self.window)
 
     def observe(self, q: Tensor, pos: Tensor, whole: Parts, tail: Slots, settled: PagedSlots | None, kernel: bool) -> None:

@@ -58,6 +58,18 @@ class Linear(nn.Linear):
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
+def use_kernels(model: nn.Module, yes: bool) -> None:
+    """Let linear layers of a few rows go to the CPU kernels, where those are made for their weights, or back to the library."""
+    from zoo.kernels.cpu import FEW, WORDS
+
+    for module in model.modules():
+        if type(module) is not Linear:
+            continue
+        module.few = 0
+        if yes and module.weight.dtype in (torch.bfloat16, torch.float32) and not module.in_features % WORDS:
+            module.few = FEW
+
+
 def one_compiled_row(x: Tensor) -> bool:
     """Whether this is a compiled step's single token on a CPU."""
     return torch.compiler.is_compiling() and x.numel() == x.shape[-1] and x.device.type == "cpu"
