@@ -1,9 +1,11 @@
-"""Attention over slots and linear layers of a few rows on CPUs, by slot_attention.cpp, which is compiled when first needed, and kept.
+"""Attention over slots, linear layers of a few rows, and merging of clusters on CPUs, in C++ that is compiled when first needed, and kept.
 
     slot_attention(q, q_pos, slots)   what a query sees of a dense store: output and log-sum-exp
     page_attention(q, q_pos, pages)   the same of pages
     slot_mass, page_mass              the probability that slots received
+    ward                              which clusters to merge
     torch.ops.zoo.linear(x, weight)   x (M, K) times weight (N, K) transposed, for up to FEW rows: every weight is read once
+    torch.ops.zoo.linear_int8         the same for a weight of int8 numbers and a float32 scale a row: x, weight, scale (N,)
 
 They are PyTorch operators (torch.ops.zoo.*), so that a compiled step stays one graph. The machine code is for this very processor. Where
 there is no compiler, `ready` says so once, and attention runs through PyTorch's own kernels.
@@ -23,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +34,10 @@ from torch import Tensor
 
 log = logging.getLogger("zoo")
 
-SOURCE = Path(__file__).with_name("slot_attention.cpp")
-FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", "-shared"]
-FEW = 16  # query rows of a kv head up to which keys are read as they lie; in slot_attention.cpp, too
+FOLDER = Path(__file__).parent
+SOURCES = [FOLDER / name for name in ("slot_attention.cpp", "linear.cpp", "ward.cpp")]  # an object each
+FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC"]
+FEW = 16  # rows up to which keys, or weights, are read as they lie; in slot_attention.cpp, too
 WIDEST = 256  # head size
 WORDS = 16  # numbers of a vector: what a row must be a multiple of
 
@@ -74,20 +78,23 @@ def build(folder: Path) -> Path:
     if sys.platform != "linux":
         raise OSError(f"they are built on Linux only, not on {sys.platform}")
     root = Path(torch.__file__).parent
-    about = [SOURCE.read_text(), torch.__version__, processor(), *compiler, *FLAGS]
-    library = folder / f"slot_attention-{hashlib.sha256(chr(0).join(about).encode()).hexdigest()[:16]}.so"
+    about = [*(path.read_text() for path in sources()), torch.__version__, processor(), *compiler, *FLAGS]
+    library = folder / f"cpu-{hashlib.sha256(chr(0).join(about).encode()).hexdigest()[:16]}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
-        os.close(handle)
-        part = Path(name)
-        paths = [f"-I{root / 'include'}", f"-L{root / 'lib'}", "-ltorch_cpu", "-ltorch"]
-        try:
-            subprocess.run([*compiler, *FLAGS, str(SOURCE), "-o", str(part), *paths], check=True, capture_output=True, text=True)
-            os.replace(part, library)
-        finally:
-            part.unlink(missing_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as name, ThreadPoolExecutor() as pool:
+            run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
+            objects = [f"{name}/{path.stem}.o" for path in SOURCES]
+            each = [[*compiler, *FLAGS, f"-I{root / 'include'}", "-c", str(f), "-o", o] for f, o in zip(SOURCES, objects, strict=True)]
+            list(pool.map(run, each))
+            run([*compiler, *FLAGS, "-shared", *objects, "-o", f"{name}/cpu.so", f"-L{root / 'lib'}", "-ltorch_cpu", "-ltorch"])
+            os.replace(f"{name}/cpu.so", library)
     return library
+
+
+def sources() -> list[Path]:
+    """All files that the library is made of."""
+    return [*SOURCES, *sorted(SOURCES[0].parent.glob("*.h"))]
 
 
 def processor() -> str:
@@ -110,9 +117,14 @@ def declare() -> None:
     def sums(q: Tensor, *shape: Any) -> tuple[Tensor, Tensor]:
         return q.new_empty(shape, dtype=torch.float32), q.new_empty(shape, dtype=torch.float32)
 
-    torch.library.register_fake("zoo::linear", lambda x, weight: x.new_empty(x.shape[0], weight.shape[0]))
+    def rows(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        return x.new_empty(x.shape[0], weight.shape[0])
+
+    for name in ("linear", "linear_int8"):
+        torch.library.register_fake(f"zoo::{name}", rows)
     torch.library.register_fake("zoo::slot_mass", lambda q, at, k, *rest: sums(q, *k.shape[:3]))
     torch.library.register_fake("zoo::page_mass", lambda q, at, k, pos, a, listed, *rest: sums(q, listed.shape[0], k.shape[1]))
+    torch.library.register_fake("zoo::ward", lambda x, *rest: x.new_empty(x.shape[:3], dtype=torch.int64))
 
 
 def slot_attention(q: Tensor, q_pos: Tensor, slots: Any) -> tuple[Tensor, Tensor]:
@@ -143,3 +155,11 @@ def page_mass(q: Tensor, q_pos: Tensor, slots: Any, spans: Tensor, lse: Tensor, 
         q.contiguous(), q_pos.contiguous(), slots.k, slots.pos, slots.a, slots.pages, spans, lse.contiguous(), weight.contiguous(),
         slots.window or 0,
     )  # fmt: skip
+
+
+def ward(x: Tensor, weight: Tensor, alive: Tensor, surplus: Tensor) -> Tensor:
+    """`zoo.attention.clustering.ward`: x (B, G, N, F) float32, weight (B, G, N) float32, alive (B, G, N) bool, surplus (B, G) int64 ->
+    labels (B, G, N) int64."""
+    from zoo.attention.clustering import TIE
+
+    return torch.ops.zoo.ward(x.contiguous(), weight.contiguous(), alive.contiguous(), surplus.contiguous(), TIE)

@@ -21,11 +21,7 @@
 #include <tuple>
 #include <vector>
 
-#include <c10/util/BFloat16.h>
-
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace at::native::cpublas {  // from PyTorch's library; C (M, N) = A (M, K) B (K, N), or C +=. B holds pairs of rows side by side
 void brgemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldb, int64_t ldc, bool add, const c10::BFloat16* A,
@@ -36,68 +32,11 @@ void brgemm_release(bool is_vnni);
 namespace {
 
 using torch::stable::Tensor;
-using bf16 = c10::BFloat16;
 
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 constexpr int64_t CHUNK = 512;    // slots of a decode task
-constexpr int64_t BLOCK = 64;     // slots whose scores are held at a time in a decode task: their keys stay in the first cache
 constexpr int64_t ROWS = 128;     // query rows of a prompt's block
 constexpr int64_t COLUMNS = 256;  // slots of a prompt's block
-
-// Vectors of 16 floats
-
-typedef float vf __attribute__((vector_size(64)));
-typedef int32_t vi __attribute__((vector_size(64)));
-typedef uint32_t vu __attribute__((vector_size(64)));
-typedef uint16_t vh __attribute__((vector_size(32)));
-
-inline vf load(const float* p) {
-  vf x;
-  std::memcpy(&x, p, 64);
-  return x;
-}
-inline vf load(const bf16* p) {
-  vh x;
-  std::memcpy(&x, p, 32);
-  return (vf)(__builtin_convertvector(x, vu) << 16);
-}
-inline void store(float* p, vf x) { std::memcpy(p, &x, 64); }
-inline void store(bf16* p, vf x) {  // rounded to nearest, ties to even
-  vu u = (vu)x;
-  u = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  vh h = __builtin_convertvector(u, vh);
-  std::memcpy(p, &h, 32);
-}
-inline vf all(float x) { return vf{} + x; }
-inline vf larger(vf x, vf y) { return x > y ? x : y; }
-template <class F>
-inline float fold(vf x, F f) {
-  typedef float v8 __attribute__((vector_size(32)));
-  typedef float v4 __attribute__((vector_size(16)));
-  v8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7), b = __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-  v8 c = f(a, b);
-  v4 d = f(__builtin_shufflevector(c, c, 0, 1, 2, 3), __builtin_shufflevector(c, c, 4, 5, 6, 7));
-  v4 e = f(d, __builtin_shufflevector(d, d, 2, 3, 0, 1));
-  v4 g = f(e, __builtin_shufflevector(e, e, 1, 0, 3, 2));
-  return g[0];
-}
-inline float sum(vf x) {
-  return fold(x, [](auto a, auto b) { return a + b; });
-}
-inline void sums(const vf x[4], float* to) {  // of four vectors, together
-  vf a = __builtin_shufflevector(x[0], x[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-         __builtin_shufflevector(x[0], x[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  vf b = __builtin_shufflevector(x[2], x[3], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-         __builtin_shufflevector(x[2], x[3], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  vf c = __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
-         __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
-  c += __builtin_shufflevector(c, c, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-  c += __builtin_shufflevector(c, c, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
-  for (int i = 0; i < 4; i++) to[i] = c[4 * i];
-}
-inline float top(vf x) {
-  return fold(x, [](auto a, auto b) { return a > b ? a : b; });
-}
 
 // exp(x) for x <= 0, within 2 units in the last place; 0 below -87. x = n ln 2 + r, exp(r) by its Taylor series to r^7.
 inline vf exponential(vf x) {
@@ -175,49 +114,6 @@ Seen look(const int32_t* pos, int64_t count, int64_t wanted) {
 }
 
 // Few rows
-
-template <class K, int N>
-void score(const K* q, const K* k, int64_t row, int64_t D, float* out) {  // N rows of q (N, D) with 4 keys: out (N, BLOCK)
-  vf acc[N][4] = {};
-  int64_t d = 0;
-#ifdef __AVX512BF16__
-  if constexpr (sizeof(K) == 2)  // products of pairs, exact, and their sum at once
-    for (; d + 32 <= D; d += 32)
-      for (int i = 0; i < 4; i++) {
-        const __m512bh x = (__m512bh)_mm512_loadu_si512(k + i * row + d);
-        for (int n = 0; n < N; n++)
-          acc[n][i] = (vf)_mm512_dpbf16_ps((__m512)acc[n][i], (__m512bh)_mm512_loadu_si512(q + n * D + d), x);
-      }
-#endif
-  for (; d < D; d += 16)
-    for (int i = 0; i < 4; i++) {
-      vf x = load(k + i * row + d);
-      for (int n = 0; n < N; n++) acc[n][i] += load(q + n * D + d) * x;
-    }
-  for (int n = 0; n < N; n++) sums(acc[n], out + n * BLOCK);
-}
-
-inline void fetch(const void* row, int64_t bytes) {  // a row that is read soon
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
-}
-
-// `next`, if given, is fetched meanwhile: the processor's own prefetching gives up at every jump between keys and values.
-template <class K>
-void products(const K* q, int64_t M, const K* k, const K* next, int64_t stride, int64_t count, int64_t D, float* out) {  // (M, BLOCK)
-  for (int64_t m = 0; m < M; m += 4, q += 4 * D, out += 4 * BLOCK)
-    for (int64_t j = 0; j < count; j += count < 4 ? 1 : 4) {  // with fewer than four keys, each four times: the last writes count
-      const int64_t at = count < 4 ? j : std::min(j, count - 4), row = count < 4 ? 0 : stride;
-      const K* from = k + at * stride;
-      if (m == 0 && next)
-        for (int64_t i = 0; i < 4 && j + i < count; i++) fetch(next + (j + i) * stride, D * sizeof(K));
-      switch (std::min<int64_t>(4, M - m)) {
-        case 1: score<K, 1>(q, from, row, D, out + at); break;
-        case 2: score<K, 2>(q, from, row, D, out + at); break;
-        case 3: score<K, 3>(q, from, row, D, out + at); break;
-        default: score<K, 4>(q, from, row, D, out + at);
-      }
-    }
-}
 
 template <class K>
 void scores(const K* q, int64_t M, const K* k, const K* next, int64_t stride, int64_t count, int64_t D, float* out) {  // q k / sqrt(D)
@@ -564,25 +460,6 @@ void many_mass(const Call& c, const Sums& to) {
   }
 }
 
-// A linear layer for few rows: every weight is read once. x (M, D) contiguous, weight (N, D), out (M, N)
-
-template <class K>
-void few_rows(const K* x, int64_t M, const K* weight, int64_t N, int64_t D, K* out) {
-#pragma omp parallel
-  {
-    std::vector<float> y(M * BLOCK);
-#pragma omp for schedule(static)
-    for (int64_t n = 0; n < N; n += BLOCK) {
-      const int64_t count = std::min(BLOCK, N - n);
-      const K* from = weight + n * D;
-      for (int64_t j = 0; j < count; j += 8)  // eight rows stay in the first cache for all of x
-        products<K>(x, M, from + j * D, nullptr, D, std::min<int64_t>(8, count - j), D, &y[j]);
-      for (int64_t m = 0; m < M; m++)
-        for (int64_t j = 0; j < count; j++) out[m * N + n + j] = y[m * BLOCK + j];
-    }
-  }
-}
-
 // What PyTorch calls
 
 void need_gemm() {
@@ -747,22 +624,6 @@ std::tuple<Tensor, Tensor> page_mass(Tensor q, Tensor q_pos, Tensor k, Tensor po
   return observe(c, q, {listed.size(0), k.size(1)}, at, lse, weight);
 }
 
-Tensor linear(Tensor x, Tensor weight) {
-  const int64_t M = x.size(0), D = x.size(1), N = weight.size(0);
-  STD_TORCH_CHECK(x.is_contiguous() && weight.is_contiguous() && weight.size(1) == D && D % 16 == 0, "rows must be contiguous");
-  expect(x.scalar_type() == weight.scalar_type(), "rows and weight must have the same dtype");
-  Tensor out = torch::stable::new_empty(x, {M, N});
-  if (x.scalar_type() == torch::headeronly::ScalarType::BFloat16) {
-    few_rows(static_cast<const bf16*>(x.const_data_ptr()), M, static_cast<const bf16*>(weight.const_data_ptr()), N, D,
-             static_cast<bf16*>(out.mutable_data_ptr()));
-  } else {
-    STD_TORCH_CHECK(x.scalar_type() == torch::headeronly::ScalarType::Float, "numbers must be bfloat16 or float32");
-    few_rows(static_cast<const float*>(x.const_data_ptr()), M, static_cast<const float*>(weight.const_data_ptr()), N, D,
-             static_cast<float*>(out.mutable_data_ptr()));
-  }
-  return out;
-}
-
 STABLE_TORCH_LIBRARY(zoo, m) {
   // The layout of a store is no business of the compiler's: without this tag, it copies the cache before every call.
   const std::vector<at::Tag> tags{at::Tag::flexible_layout};
@@ -778,11 +639,9 @@ STABLE_TORCH_LIBRARY(zoo, m) {
       "page_mass(Tensor q, Tensor q_pos, Tensor k, Tensor pos, Tensor a, Tensor listed, Tensor spans, Tensor lse, Tensor weight, int "
       "window) -> (Tensor, Tensor)",
       tags);
-  m.def("linear(Tensor x, Tensor weight) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(zoo, CPU, m) {
-  m.impl("linear", TORCH_BOX(&linear));
   m.impl("slot_attention", TORCH_BOX(&slot_attention));
   m.impl("page_attention", TORCH_BOX(&page_attention));
   m.impl("slot_mass", TORCH_BOX(&slot_mass));

@@ -19,6 +19,7 @@ from zoo.kernels import cpu
 import zoo
 from zoo.attention import parse
 from zoo.attention.backends import kernels_ready
+from zoo.attention.clustering import ward
 from zoo.attention.slots import PagedSlots, Slots, chunk_mass, paged_mass, paged_parts, slot_attention, slot_mass, slot_parts
 from zoo.attention.store import PAGE
 from zoo.errors import ZooError
@@ -188,6 +189,64 @@ def test_linear_matches_float64(M: int, N: int, K: int, dtype: torch.dtype) -> N
     assert (got.double() - true).abs().max() <= 1.5 * (library.double() - true).abs().max() + 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("M", "N", "K"), [(1, 64, 16), (1, 49, 576), (3, 1000, 48), (16, 65, 320), (7, 3, 64), (2, 130, 14336)])
+def test_int8_linear_matches_float64(M: int, N: int, K: int, dtype: torch.dtype) -> None:
+    """Also with columns whose numbers are a thousand times larger than the others', and rows that are 0."""
+    g = torch.Generator().manual_seed(M * N)
+    x = torch.randn(M, K, generator=g)
+    x[:, 5] = 1000.0
+    x[M - 1 :] *= M == 1
+    x = x.to(dtype)
+    w, scale = torch.randint(-128, 128, (N, K), generator=g, dtype=torch.int8), torch.rand(N, generator=g) / 100 + 1e-3
+    got, true = torch.ops.zoo.linear_int8(x, w, scale), x.double() @ (w.double() * scale.double()[:, None]).T
+    # A unit of 1000 / 32639 in the columns beside the large one: five standard deviations of its rounding, summed with weights of rms 74.
+    bound = 5 * 1000 / 32639 / 12**0.5 * 74 * min(K, 256) ** 0.5 * scale.double() + 1e-4
+    bound = bound + (true.abs() * 2**-8 if dtype == torch.bfloat16 else 0)
+    assert ((got.double() - true).abs() <= bound).all()
+    if M > 1:
+        assert (got[M - 1] == 0).all()
+
+
+def clusters(B: int, G: int, N: int, F: int, step: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Points, weights, what may merge, and how many must go; step > 0 puts points on a grid, so that many distances are equal."""
+    g = torch.Generator().manual_seed(B * N + F)
+    x = torch.randn(B, G, N, F, generator=g)
+    x = (x / step).round() * step if step else x
+    weight = torch.rand(B, G, N, generator=g) * 10 + 0.01
+    alive = torch.rand(B, G, N, generator=g) < 0.8
+    return x, weight, alive, torch.randint(0, N // 2, (B, G), generator=g)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2, 3), (1, 1, 17, 1), (2, 3, 90, 16), (3, 3, 400, 16), (1, 2, 130, 64)])
+def test_ward_is_the_one_of_clustering(shape: tuple[int, int, int, int]) -> None:
+    """The same labels, but where rounding decides: never where points differ clearly, as random ones do."""
+    x, weight, alive, surplus = clusters(*shape)
+    assert torch.equal(cpu.ward(x, weight, alive, surplus), ward(x, weight, alive, surplus))
+    many = torch.full_like(surplus, shape[2])  # more than can go: one is left
+    got = cpu.ward(x, weight, alive, many)
+    assert all(len(got[b, h][alive[b, h]].unique()) == 1 for b in range(shape[0]) for h in range(shape[1]) if alive[b, h].any())
+
+
+@pytest.mark.parametrize("step", [0.7, 1.5])
+def test_ward_with_equal_points(step: float) -> None:
+    """Points on a grid: equal ones go first, into the first of them; the cost of what merges is that of clustering's."""
+    x, weight, alive, surplus = clusters(2, 2, 150, 2, step)
+    weight = weight.round().clamp(min=1)
+    got, want = cpu.ward(x, weight, alive, surplus), ward(x, weight, alive, surplus)
+    for labels in (got, want):
+        assert torch.equal((labels != torch.arange(150)).sum(-1), surplus)
+        assert (labels[~alive] == torch.arange(150).expand(labels.shape)[~alive]).all()
+
+    def spread(labels: Tensor) -> Tensor:
+        w = torch.zeros_like(weight).scatter_add_(2, labels, weight)
+        mean = torch.zeros_like(x).scatter_add_(2, labels[..., None].expand(x.shape), x * weight[..., None]) / w.clamp(min=1e-9)[..., None]
+        return ((x - mean.gather(2, labels[..., None].expand(x.shape))).square().sum(-1) * weight).sum(-1)
+
+    assert (spread(got) <= 1.2 * spread(want) + 1e-3).all()
+    assert (spread(want) <= 1.2 * spread(got) + 1e-3).all()
+
+
 def test_operators_are_well_behaved() -> None:
     """Schemas, fake tensors and tracing, by PyTorch's own checks."""
     q, q_pos, s = make((1, 6, 2, 2, 64, 70), torch.bfloat16, 1, True, None)
@@ -200,6 +259,9 @@ def test_operators_are_well_behaved() -> None:
     plse = cpu.page_attention(pq, pp, p, spans)[1]
     torch.library.opcheck(ops.page_mass, (pq, pp, p.k, p.pos, p.a, p.pages, spans, plse, torch.ones(2, 2), 0), test_utils=tests)
     torch.library.opcheck(ops.linear, (torch.randn(2, 32), torch.randn(5, 32)), test_utils=tests)
+    int8 = torch.randint(-127, 128, (5, 32), dtype=torch.int8)
+    torch.library.opcheck(ops.linear_int8, (torch.randn(2, 32), int8, torch.rand(5)), test_utils=tests)
+    torch.library.opcheck(ops.ward, (*clusters(1, 2, 30, 4), 1e-4), test_utils=tests)
     with pytest.raises(RuntimeError, match="multiples of 16"):
         ops.slot_attention(q[..., :8].contiguous(), q_pos, s.k, s.v, s.pos, None, 0)
     for wrong, says in (
@@ -214,6 +276,13 @@ def test_operators_are_well_behaved() -> None:
             ops.slot_attention(*wrong)
     with pytest.raises(RuntimeError, match="leaves the arena"):
         ops.page_attention(pq, pp, p.k, p.v, p.pos, p.a, spans + 100, 0)
+    with pytest.raises(RuntimeError, match="int8, its scales"):
+        ops.linear_int8(torch.randn(2, 32), int8, torch.rand(4))
+    with pytest.raises(RuntimeError, match="multiple of 16"):
+        ops.linear(torch.randn(2, 20), torch.randn(5, 20))
+    with pytest.raises(RuntimeError, match="weights must be contiguous float32"):
+        x, w, alive, surplus = clusters(1, 2, 30, 4)
+        ops.ward(x, w[..., 1:].contiguous(), alive, surplus, 1e-4)
     with pytest.raises(RuntimeError, match="same dtype"):
         ops.linear(torch.randn(2, 32), torch.randn(5, 32).bfloat16())
     with pytest.raises(RuntimeError, match="bfloat16 or float32"):
@@ -240,7 +309,15 @@ MUTANTS = [
     ("part * e", "part"),  # the same for many rows
     ("span[3 * head + 2]", "span[2]"),  # every head writes its mass where the first does
     ("spans[3 * head + 1] * page", "spans[3 * head + 1] * page - 1"),  # a page's last row is left out
-    ("out[m * N + n + j] = y[m * BLOCK + j]", "out[m * N + n + j] = y[j]"),  # all rows are the first
+    ("out[m * N + n + j] = y[m * BLOCK + j] * scale(n + j)", "out[m * N + n + j] = y[j] * scale(n + j)"),  # all rows are the first
+    ("y[m * BLOCK + j] * scale(n + j)", "y[m * BLOCK + j] * scale(n)"),  # a scale serves a block
+    ("whole - 256 * digit", "0 * digit"),  # half the digits are lost
+    ("* x.unit[at]", "* x.unit[0]"),  # one unit for all columns
+    ("-128 * x.highs[at]", "-127 * x.highs[at]"),  # the shift is not taken off in full
+    ("(c.inverse[pairs[p].one] + inverse) * unit", "(c.inverse[pairs[p].one] + 0 * inverse) * unit"),  # the partner's weight is forgotten
+    ("*x * c.weight[a] + y * c.weight[b]", "(*x + y) / 2 * both"),  # means are not weighted
+    ("const float unit = unit_of(c, tie)", "const float unit = 1e-30f"),  # nothing is a tie
+    ("most = (surplus + 1) / 2", "most = surplus"),  # what merged is not looked at anew
 ]
 
 CHECK = """
@@ -263,6 +340,11 @@ for weights in (False, True):
 t.test_pages_match_float64(torch.float32, 1, None)
 for shape in ((3, 1000, 48), (16, 65, 128)):
     t.test_linear_matches_float64(*shape, torch.float32)
+for shape in ((3, 1000, 48), (16, 65, 320), (2, 130, 14336)):
+    t.test_int8_linear_matches_float64(*shape, torch.float32)
+t.test_ward_is_the_one_of_clustering((3, 3, 400, 16))
+for step in (0.7, 1.5):
+    t.test_ward_with_equal_points(step)
 """
 
 
@@ -274,17 +356,20 @@ def run_check(library: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_mutants_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tests above catch each of these changes to the source, and pass with the source as it is."""
-    source = cpu.SOURCE.read_text()
+    good_sources = cpu.SOURCES
     good = run_check(cpu.build(cache_folder() / "kernels"))
     assert good.returncode == 0, good.stderr[-2000:]
+    texts = {path: path.read_text() for path in cpu.sources()}
     for i, (old, new) in enumerate(MUTANTS):
-        assert old in source, old
+        assert sum(old in text for text in texts.values()) == 1, old
         many = ("part * e", "h.a[s + j] / scale", "den[m] *= shrink, max[m] = new_max;")  # in code that only AVX-512 reaches
-        if not MANY and (old in many or "zeros" in old):
+        if not MANY and (old in many or "zeros" in old or "digit" in old or "unit[at]" in old or "highs[at]" in old):
             continue
-        mutant = tmp_path / f"mutant{i}.cpp"
-        mutant.write_text(source.replace(old, new))
-        monkeypatch.setattr(cpu, "SOURCE", mutant)
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        for path, text in texts.items():
+            (folder / path.name).write_text(text.replace(old, new))
+        monkeypatch.setattr(cpu, "SOURCES", [folder / path.name for path in good_sources])
         done = run_check(cpu.build(tmp_path))
         assert "AssertionError" in done.stderr, f"{old} -> {new}: not caught\n{done.stderr[-500:]}"
 

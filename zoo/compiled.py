@@ -124,14 +124,14 @@ class Step:
         """The first step with this cache: the one that may compile. The number of rows of its tensors is left open, so that growing does
         not recompile; Dynamo otherwise takes the shapes of buffers for constants. Nothing else is left open: it would also open whatever
         differs from an earlier method's cache, which nested regions cannot bind."""
-        from zoo.kernels.cpu import SOURCE
+        from zoo.kernels.cpu import sources
 
         assert self.compiled is not None
         for _, t, dim in open_dimensions(cache):
             torch._dynamo.maybe_mark_dynamic(t, dim)
         static = ("force_parameter_static_shapes", "force_nn_module_property_static_shapes", "automatic_dynamic_shapes")
         # What is on disk was compiled for these very kernels: Inductor knows operators by their names only.
-        tag = {"cache_key_tag": hashlib.sha256(SOURCE.read_bytes()).hexdigest()}
+        tag = {"cache_key_tag": hashlib.sha256(b"".join(path.read_bytes() for path in sources())).hexdigest()}
         with torch._dynamo.config.patch(dict.fromkeys(static, False)), torch.compiler.config.patch(tag):  # type: ignore[attr-defined]
             return self.compiled(ids, pos, cache, choice)
 

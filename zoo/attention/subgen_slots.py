@@ -7,7 +7,7 @@ lengths, room (A, G) how many slots a head may own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -135,7 +135,16 @@ class Maker:
         weight, attention = self.weights(slots, seen, count)
         free = alive & ~self.exact(pos, count, attention, room)
         surplus = (alive.sum(-1) - room).clamp(min=0) * due[:, None]
-        return self.gather(slots, ward(self.points(slots, free), weight, free, surplus), weight, count, alive)
+        return self.gather(slots, self.pairs(self.points(slots, free), weight, free, surplus), weight, count, alive)
+
+    @property
+    def pairs(self) -> Callable[..., Tensor]:
+        """`ward`, or its CPU kernel."""
+        if self.layers[0].backend != "cpp":
+            return ward
+        from zoo.kernels import cpu
+
+        return cpu.ward
 
     def join(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, due: Tensor) -> dict[str, Tensor]:
         """By delta: a token that leaves the recent ones joins the nearest slot, the first tokens' aside, if that is no farther than delta,
