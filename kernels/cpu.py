@@ -1,8 +1,7 @@
 """Attention over slots, linear layers of a few rows, and merging of clusters on CPUs, in C++ that is compiled when first needed, and kept.
 
-    slot_attention(q, q_pos, slots)   what a query sees of a dense store: output and log-sum-exp
-    page_attention(q, q_pos, pages)   the same of pages
-    slot_mass, page_mass              the probability that slots received
+    attention                         what queries see of a dense store, and of pages beside it: output and log-sum-exp
+    attention_and_mass                the same, and the probability that slots received
     ward                              which clusters to merge
     torch.ops.zoo.linear(x, weight)   x (M, K) times weight (N, K) transposed, for up to FEW rows: every weight is read once
     torch.ops.zoo.linear_int8         the same for a weight of int8 numbers and a float32 scale a row: x, weight, scale (N,)
@@ -55,7 +54,7 @@ def covers(device: torch.device, dtype: torch.dtype, head_dim: int, rows: int) -
 @functools.cache
 def ready(folder: Path) -> bool:
     """Whether the kernels are loaded; compiles them into `folder` where that has not happened yet. Says why not, once."""
-    if hasattr(torch.ops.zoo, "slot_attention"):  # loaded already, from another folder; twice would end the process
+    if hasattr(torch.ops.zoo, "attention"):  # loaded already, from another folder; twice would end the process
         return True
     try:
         torch.ops.load_library(build(folder))
@@ -108,53 +107,44 @@ def processor() -> str:
 def declare() -> None:
     """What the operators return, for tracing."""
 
-    def both(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    wide = torch.float32
+    torch.library.register_fake("zoo::attention", lambda q, *rest: (q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide)))
 
-    for name in ("slot_attention", "page_attention"):
-        torch.library.register_fake(f"zoo::{name}", both)
+    def with_mass(q: Tensor, q_pos: Tensor, k: Tensor, v: Tensor, pos: Tensor, a: Any, pk: Any, *rest: Any) -> tuple[Tensor, ...]:
+        listed, page = rest[4], 1 if pk is None else pk.shape[1]
+        shapes = (k.shape[:3], (0 if listed is None else listed.shape[0], page))
+        return (q.new_empty(q.shape), *(q.new_empty(shape, dtype=wide) for shape in shapes for _ in range(2)))
 
-    def sums(q: Tensor, *shape: Any) -> tuple[Tensor, Tensor]:
-        return q.new_empty(shape, dtype=torch.float32), q.new_empty(shape, dtype=torch.float32)
+    torch.library.register_fake("zoo::attention_and_mass", with_mass)
 
     def rows(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         return x.new_empty(x.shape[0], weight.shape[0])
 
     for name in ("linear", "linear_int8"):
         torch.library.register_fake(f"zoo::{name}", rows)
-    torch.library.register_fake("zoo::slot_mass", lambda q, at, k, *rest: sums(q, *k.shape[:3]))
-    torch.library.register_fake("zoo::page_mass", lambda q, at, k, pos, a, listed, *rest: sums(q, listed.shape[0], k.shape[1]))
     torch.library.register_fake("zoo::ward", lambda x, *rest: x.new_empty(x.shape[:3], dtype=torch.int64))
 
 
-def slot_attention(q: Tensor, q_pos: Tensor, slots: Any) -> tuple[Tensor, Tensor]:
-    """q (B, H, T, D) at q_pos (B, T), `Slots` without separate denominator weights -> out (B, H, T, D) in q's dtype, 0 where nothing is
-    seen, and the log-sum-exp (B, H, T) float32, -inf there."""
-    return torch.ops.zoo.slot_attention(
-        q.contiguous(), q_pos.contiguous(), slots.k, slots.v, slots.pos.to(torch.int32), slots.a, slots.window or 0
-    )
+def attention(q: Tensor, q_pos: Tensor, slots: Any, pages: Any = None, spans: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """q (B, H, T, D) at q_pos (B, T), `Slots` without separate denominator weights and, if given, `PagedSlots` beside them, in one softmax
+    -> out (B, H, T, D) in q's dtype, 0 where nothing is seen, and the log-sum-exp (B, H, T) float32, -inf there. spans (B G, 3) int32: a
+    head's first page, how many it owns, where they begin in the list of pages."""
+    return torch.ops.zoo.attention(*arguments(q, q_pos, slots, pages, spans), slots.window or 0)
 
 
-def page_attention(q: Tensor, q_pos: Tensor, slots: Any, spans: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for `PagedSlots`. spans (B G, 3) int32: a head's first page, how many it owns, where they begin in the list of pages."""
-    return torch.ops.zoo.page_attention(q.contiguous(), q_pos.contiguous(), slots.k, slots.v, slots.pos, slots.a, spans, slots.window or 0)
+def attention_and_mass(
+    q: Tensor, q_pos: Tensor, slots: Any, pages: Any, spans: Tensor | None, weight: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """out (B, H, T, D), and the probability that each slot received, summed over queries, each times its weight (B, T) float32, and over
+    the group's query heads, and the same of its square: of slots (B, G, S), and of the N pages that are listed (N, PAGE); float32."""
+    listed = None if pages is None else pages.pages
+    out, *sums = torch.ops.zoo.attention_and_mass(*arguments(q, q_pos, slots, pages, spans), listed, weight.contiguous(), slots.window or 0)
+    return out, (sums[0], sums[1]), (sums[2], sums[3])
 
 
-def slot_mass(q: Tensor, q_pos: Tensor, slots: Any, lse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The probability exp(score - lse) that each slot received, summed over queries and the group's query heads, each times its weight
-    (B, T) float32, and the same of its square: (B, G, S) float32 each. lse (B, H, T) is that of all slots."""
-    return torch.ops.zoo.slot_mass(
-        q.contiguous(), q_pos.contiguous(), slots.k, slots.pos.to(torch.int32), slots.a, lse.contiguous(), weight.contiguous(),
-        slots.window or 0,
-    )  # fmt: skip
-
-
-def page_mass(q: Tensor, q_pos: Tensor, slots: Any, spans: Tensor, lse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The same for `PagedSlots`: (N, PAGE) float32 each, for the N pages that are listed."""
-    return torch.ops.zoo.page_mass(
-        q.contiguous(), q_pos.contiguous(), slots.k, slots.pos, slots.a, slots.pages, spans, lse.contiguous(), weight.contiguous(),
-        slots.window or 0,
-    )  # fmt: skip
+def arguments(q: Tensor, q_pos: Tensor, slots: Any, pages: Any, spans: Tensor | None) -> tuple[Tensor | None, ...]:
+    beside = (None, None, None, None, None) if pages is None else (pages.k, pages.v, pages.pos, pages.a, spans)
+    return q.contiguous(), q_pos.contiguous(), slots.k, slots.v, slots.pos.to(torch.int32), slots.a, *beside
 
 
 def ward(x: Tensor, weight: Tensor, alive: Tensor, surplus: Tensor) -> Tensor:

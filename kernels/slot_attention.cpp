@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -56,13 +57,14 @@ inline vf exponential(vf x) {
   return x > all(-87.0f) ? y : vf{};
 }
 
-// What a kv head's rows look like
+// Consecutive rows of one kv head: of a dense store, or of its pages
 
-struct Head {
+struct Run {
   const void *k, *v;
   const int32_t* pos;
   const float* a;
-  int64_t slots, row;  // row: numbers from one key (or value) to the next
+  int64_t slots, row;                       // row: numbers from one key (or value) to the next
+  float *mass = nullptr, *spikes = nullptr;  // where what they receive is added up
 };
 
 struct Call {
@@ -73,7 +75,7 @@ struct Call {
   const int64_t* at;  // (B, T) contiguous
   void* out;
   float* lse;
-  std::vector<Head> heads;  // B G
+  std::vector<std::vector<Run>> heads;  // B G
   int64_t rows() const { return H / G * T; }
 };
 
@@ -145,16 +147,27 @@ void read_queries(const Call& c, int64_t head, K* q) {  // (M, D)
   for (int64_t m = 0; m < c.rows(); m++) std::memcpy(q + m * c.D, query<K>(c, head, m), c.D * sizeof(K));
 }
 
+struct Task {
+  int64_t head;
+  const Run* run;
+  int64_t first;  // slot
+};
+
+std::vector<Task> cut(const Call& c, int64_t size) {  // all slots, in pieces of this size, head by head
+  std::vector<Task> tasks;
+  for (int64_t head = 0; head < c.B * c.G; head++)
+    for (const Run& run : c.heads[head])
+      for (int64_t s = 0; s < run.slots; s += size) tasks.push_back({head, &run, s});
+  return tasks;
+}
+
 template <class K>
 void few(const Call& c) {
   const int64_t M = c.rows(), D = c.D;
-  std::vector<std::pair<int64_t, int64_t>> tasks;  // (head, first slot)
-  std::vector<int64_t> begin;
-  for (int64_t head = 0; head < c.B * c.G; head++) {
-    begin.push_back(tasks.size());
-    for (int64_t s = 0; s < c.heads[head].slots; s += CHUNK) tasks.emplace_back(head, s);
-  }
-  begin.push_back(tasks.size());
+  const std::vector<Task> tasks = cut(c, CHUNK);
+  std::vector<int64_t> begin(c.B * c.G + 1);
+  for (const Task& task : tasks) begin[task.head + 1]++;
+  std::partial_sum(begin.begin(), begin.end(), begin.begin());
   const int64_t width = D + 2;
   std::vector<float> parts(tasks.size() * M * width);  // per task and row: num (D), maximum, denominator
 #pragma omp parallel
@@ -164,8 +177,8 @@ void few(const Call& c) {
     int64_t have = -1;
 #pragma omp for schedule(dynamic)
     for (size_t i = 0; i < tasks.size(); i++) {
-      auto [head, first] = tasks[i];
-      const Head& h = c.heads[head];
+      const auto [head, run, first] = tasks[i];
+      const Run& h = *run;
       const int64_t* at = c.at + head / c.G * c.T;
       if (have != head) read_queries(c, head, q.data()), have = head;
       const int64_t low = *std::min_element(at, at + c.T), high = *std::max_element(at, at + c.T);
@@ -263,11 +276,12 @@ void pack_values(const bf16* v, int64_t row, int64_t count, int64_t D, uint32_t*
 
 struct Packed {  // a head's blocks of keys and values as the GEMM wants them
   std::vector<uint32_t> k, v;
+  std::vector<Task> blocks;
   std::vector<Seen> seen;
 };
 
 // x (rows, COLUMNS) = q k of a block: log-weights are added, in units of 1 / scale, and what a query may not see becomes -inf
-void mask(float* x, const Head& h, int64_t s, int64_t count, const int64_t* at, int64_t rows, int64_t window, const Seen& seen,
+void mask(float* x, const Run& h, int64_t s, int64_t count, const int64_t* at, int64_t rows, int64_t window, const Seen& seen,
           float scale) {
   for (int64_t m = 0; m < rows; m++, x += COLUMNS) {
     if (h.a)
@@ -304,8 +318,9 @@ void many(const Call& c) {
   const int64_t M = c.rows(), D = c.D, tiles = (M + ROWS - 1) / ROWS, heads = c.B * c.G;
   const float scale = 1 / std::sqrt(float(D));
   std::vector<Packed> packed(heads);
+  for (const Task& block : cut(c, COLUMNS)) packed[block.head].blocks.push_back(block);
   for (int64_t head = 0; head < heads; head++) {
-    const int64_t n = (c.heads[head].slots + COLUMNS - 1) / COLUMNS;
+    const int64_t n = packed[head].blocks.size();
     packed[head].k.resize(n * D / 2 * COLUMNS), packed[head].v.resize(n * COLUMNS / 2 * D), packed[head].seen.resize(n);
   }
 #pragma omp parallel
@@ -314,11 +329,11 @@ void many(const Call& c) {
     std::vector<bf16> p(ROWS * COLUMNS), q(ROWS * D);
     std::vector<int64_t> at(ROWS);
     for (int64_t head = 0; head < heads; head++) {
-      const Head& h = c.heads[head];
       Packed& to = packed[head];
 #pragma omp for nowait
       for (int64_t i = 0; i < int64_t(to.seen.size()); i++) {
-        const int64_t s = i * COLUMNS, count = std::min(COLUMNS, h.slots - s);
+        const Run& h = *to.blocks[i].run;
+        const int64_t s = to.blocks[i].first, count = std::min(COLUMNS, h.slots - s);
         pack_keys(static_cast<const bf16*>(h.k) + s * h.row, h.row, count, D, &to.k[i * D / 2 * COLUMNS]);
         pack_values(static_cast<const bf16*>(h.v) + s * h.row, h.row, count, D, &to.v[i * COLUMNS / 2 * D]);
         to.seen[i] = look(h.pos + s, count, COLUMNS);
@@ -328,13 +343,13 @@ void many(const Call& c) {
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < heads * tiles; task++) {
       const int64_t head = task % heads, first = (tiles - 1 - task / heads) * ROWS, rows = std::min(ROWS, M - first);
-      const Head& h = c.heads[head];
       const auto [low, high] = read_tile(c, head, first, rows, q.data(), at.data());
       std::fill(num.begin(), num.end(), 0.f), std::fill(max.begin(), max.end(), NONE), std::fill(den.begin(), den.end(), 0.f);
       for (size_t i = 0; i < packed[head].seen.size(); i++) {
         const Seen& seen = packed[head].seen[i];
         if (seen.hidden(low, high, c.window)) continue;
-        const int64_t s = i * COLUMNS, count = std::min(COLUMNS, h.slots - s);
+        const Run& h = *packed[head].blocks[i].run;
+        const int64_t s = packed[head].blocks[i].first, count = std::min(COLUMNS, h.slots - s);
         at::native::cpublas::brgemm(ROWS, COLUMNS, D, D, COLUMNS, COLUMNS, false, q.data(),
                                     reinterpret_cast<const bf16*>(&packed[head].k[i * D / 2 * COLUMNS]), x.data(), true);
         mask(x.data(), h, s, count, at.data(), rows, c.window, seen, scale);
@@ -370,17 +385,10 @@ void many(const Call& c) {
 
 // The probability that slots receive: exp(score - lse), to the powers 1 and 2, summed over queries
 
-struct Sums {
-  const float *weight, *lse;    // (B, T): how much a query counts; (B, H, T): its log-sum-exp over all slots
-  std::vector<float*> mass, spikes;  // of each head
-};
-
 template <class K>
-void few_mass(const Call& c, const Sums& to) {
+void few_mass(const Call& c, const float* weights) {  // (B, T): how much a query counts
   const int64_t M = c.rows(), D = c.D;
-  std::vector<std::pair<int64_t, int64_t>> tasks;
-  for (int64_t head = 0; head < c.B * c.G; head++)
-    for (int64_t s = 0; s < c.heads[head].slots; s += BLOCK) tasks.emplace_back(head, s);
+  const std::vector<Task> tasks = cut(c, BLOCK);
 #pragma omp parallel
   {
     std::vector<K> q(M * D);
@@ -388,37 +396,33 @@ void few_mass(const Call& c, const Sums& to) {
     int64_t have = -1;
 #pragma omp for schedule(static)
     for (size_t i = 0; i < tasks.size(); i++) {
-      auto [head, s] = tasks[i];
-      const Head& h = c.heads[head];
+      const auto [head, run, s] = tasks[i];
+      const Run& h = *run;
       const int64_t count = std::min(BLOCK, h.slots - s), *at = c.at + head / c.G * c.T;
       if (have != head) read_queries(c, head, q.data()), have = head;
       const K* k = static_cast<const K*>(h.k) + s * h.row;
       scores(q.data(), M, k, k + BLOCK * h.row, h.row, count, D, p.data());
       for (int64_t m = 0; m < M; m++) {
-        const float weight = to.weight[head / c.G * c.T + m % c.T], lse = to.lse[head * M + m];
+        const float weight = weights[head / c.G * c.T + m % c.T], lse = c.lse[head * M + m];
         if (weight == 0 || lse == NONE) continue;
         float* x = &p[m * BLOCK];
         for (int64_t j = 0; j < count; j++)
           x[j] = sees(h.pos[s + j], at[m % c.T], c.window) ? x[j] + (h.a ? h.a[s + j] : 0) - lse : NONE;
         for (int64_t j = 0; j < BLOCK; j += 16) store(x + j, exponential(load(x + j)));
         for (int64_t j = 0; j < count; j++) {
-          to.mass[head][s + j] += weight * x[j];
-          to.spikes[head][s + j] += weight * x[j] * x[j];
+          h.mass[s + j] += weight * x[j];
+          h.spikes[s + j] += weight * x[j] * x[j];
         }
       }
     }
   }
 }
 
-void many_mass(const Call& c, const Sums& to) {
+void many_mass(const Call& c, const float* weights) {
   const int64_t M = c.rows(), D = c.D, tiles = (M + ROWS - 1) / ROWS;
   const float scale = 1 / std::sqrt(float(D));
-  std::vector<std::pair<int64_t, int64_t>> tasks;
-  for (int64_t s = 0, most = 1; s < most; s += COLUMNS)
-    for (int64_t head = 0; head < c.B * c.G; head++) {
-      most = std::max(most, c.heads[head].slots);
-      if (s < c.heads[head].slots) tasks.emplace_back(head, s);
-    }
+  std::vector<Task> tasks = cut(c, COLUMNS);  // early slots are seen by most queries: they come first
+  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& x, const Task& y) { return x.first < y.first; });
 #pragma omp parallel
   {
     std::vector<float> x(ROWS * COLUMNS), sum(COLUMNS), squares(COLUMNS);
@@ -426,8 +430,8 @@ void many_mass(const Call& c, const Sums& to) {
     std::vector<uint32_t> k(D / 2 * COLUMNS);
 #pragma omp for schedule(dynamic)
     for (size_t i = 0; i < tasks.size(); i++) {
-      auto [head, s] = tasks[i];
-      const Head& h = c.heads[head];
+      const auto [head, run, s] = tasks[i];
+      const Run& h = *run;
       const int64_t count = std::min(COLUMNS, h.slots - s);
       const Seen seen = look(h.pos + s, count, COLUMNS);
       if (seen.high < 0) continue;  // nothing here
@@ -442,7 +446,7 @@ void many_mass(const Call& c, const Sums& to) {
                                     x.data(), true);
         mask(x.data(), h, s, count, at, rows, c.window, seen, scale);
         for (int64_t m = 0; m < rows; m++) {
-          const float weight = to.weight[head / c.G * c.T + (first + m) % c.T], lse = to.lse[head * M + first + m];
+          const float weight = weights[head / c.G * c.T + (first + m) % c.T], lse = c.lse[head * M + first + m];
           if (weight == 0 || lse == NONE) continue;
           for (int64_t j = 0; j < COLUMNS; j += 16) {
             vf e = exponential(load(&x[m * COLUMNS + j]) * scale - lse), part = e * weight;
@@ -452,8 +456,8 @@ void many_mass(const Call& c, const Sums& to) {
         }
       }
       for (int64_t j = 0; j < count; j++) {
-        to.mass[head][s + j] = sum[j];
-        to.spikes[head][s + j] = squares[j];
+        h.mass[s + j] = sum[j];
+        h.spikes[s + j] = squares[j];
       }
     }
     at::native::cpublas::brgemm_release(true);
@@ -480,15 +484,14 @@ void run(const Call& c) {
   }
 }
 
-void run(const Call& c, const Sums& to, int64_t queries) {  // queries: B T
-  if (std::all_of(to.weight, to.weight + queries, [](float w) { return w == 0; })) return;  // most decode steps are not observed
+void run_mass(const Call& c, const float* weights) {
+  if (std::all_of(weights, weights + c.B * c.T, [](float w) { return w == 0; })) return;  // most decode steps are not observed
   if (!c.low) {
-    few_mass<float>(c, to);
+    few_mass<float>(c, weights);
   } else if (c.rows() <= FEW) {
-    few_mass<bf16>(c, to);
+    few_mass<bf16>(c, weights);
   } else {
-    need_gemm();
-    many_mass(c, to);
+    many_mass(c, weights);
   }
 }
 
@@ -507,6 +510,7 @@ Call prepare(const Tensor& q, const Tensor& q_pos, int64_t G, int64_t window) {
   STD_TORCH_CHECK(c.low || q.scalar_type() == torch::headeronly::ScalarType::Float, "queries must be bfloat16 or float32");
   STD_TORCH_CHECK(c.D % 16 == 0 && c.D <= 256, "head sizes must be multiples of 16 up to 256");
   STD_TORCH_CHECK(q.stride(3) == 1 && q_pos.is_contiguous(), "queries must be contiguous");
+  c.heads.resize(c.B * c.G);
   c.q = q.const_data_ptr(), c.qb = q.stride(0), c.qh = q.stride(1), c.qt = q.stride(2);
   c.at = static_cast<const int64_t*>(q_pos.const_data_ptr());
   return c;
@@ -537,7 +541,7 @@ void add_heads(Call& c, const Tensor& k, const Tensor& v, const Tensor& pos, con
   const int64_t size = c.low ? 2 : 4;
   for (int64_t b = 0; b < c.B; b++)
     for (int64_t g = 0; g < c.G; g++)
-      c.heads.push_back({shifted<char>(k, size * (b * k.stride(0) + g * k.stride(1))),
+      c.heads[b * c.G + g].push_back({shifted<char>(k, size * (b * k.stride(0) + g * k.stride(1))),
                          shifted<char>(v, size * (b * v.stride(0) + g * v.stride(1))),
                          static_cast<const int32_t*>(shifted<int32_t>(pos, b * pos.stride(0) + (pos.size(1) == 1 ? 0 : g * pos.stride(1)))),
                          a ? static_cast<const float*>(shifted<float>(*a, b * a->stride(0) + g * a->stride(1))) : nullptr, k.size(2),
@@ -557,95 +561,79 @@ void add_pages(Call& c, const Tensor& k, const Tensor& v, const Tensor& pos, con
   const int64_t size = c.low ? 2 : 4, page = k.size(1);
   for (int64_t head = 0; head < c.B * c.G; head++) {
     const int64_t first = spans[3 * head] * page;
-    c.heads.push_back({shifted<char>(k, size * first * c.D), shifted<char>(v, size * first * c.D),
+    c.heads[head].push_back({shifted<char>(k, size * first * c.D), shifted<char>(v, size * first * c.D),
                        static_cast<const int32_t*>(shifted<int32_t>(pos, first)),
                        static_cast<const float*>(shifted<float>(a, first)), spans[3 * head + 1] * page, c.D});
   }
 }
 
-std::tuple<Tensor, Tensor> answer(Call& c, const Tensor& q) {
+using Pages = std::optional<Tensor>;  // none of them, or all: keys, values, positions, log-weights, spans
+
+// k, v, pos, a: a dense store. pk ...: pages beside it, whose slots are seen in the same softmax
+Call prepare(const Tensor& q, const Tensor& q_pos, const Tensor& k, const Tensor& v, const Tensor& pos, const std::optional<Tensor>& a,
+             const Pages& pk, const Pages& pv, const Pages& ppos, const Pages& pa, const Pages& spans, int64_t window) {
+  Call c = prepare(q, q_pos, k.size(1), window);
+  add_heads(c, k, v, pos, a);
+  expect(bool(pk) == bool(pv) && bool(pk) == bool(ppos) && bool(pk) == bool(pa) && bool(pk) == bool(spans), "pages are given whole, or not at all");
+  if (pk) add_pages(c, *pk, *pv, *ppos, *pa, *spans);
+  return c;
+}
+
+std::tuple<Tensor, Tensor> attention(Tensor q, Tensor q_pos, Tensor k, Tensor v, Tensor pos, std::optional<Tensor> a, Pages pk, Pages pv,
+                                     Pages ppos, Pages pa, Pages spans, int64_t window) {
+  Call c = prepare(q, q_pos, k, v, pos, a, pk, pv, ppos, pa, spans, window);
   Tensor out = torch::stable::new_empty(q, q.sizes());
-  Tensor lse = torch::stable::new_empty(q, {c.B, c.H, c.T}, torch::headeronly::ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(q, {c.B, c.H, c.T}, ScalarType::Float);
   c.out = out.mutable_data_ptr(), c.lse = static_cast<float*>(lse.mutable_data_ptr());
   run(c);
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor> slot_attention(Tensor q, Tensor q_pos, Tensor k, Tensor v, Tensor pos, std::optional<Tensor> a,
-                                          int64_t window) {
-  Call c = prepare(q, q_pos, k.size(1), window);
-  add_heads(c, k, v, pos, a);
-  return answer(c, q);
-}
-
-std::tuple<Tensor, Tensor> page_attention(Tensor q, Tensor q_pos, Tensor k, Tensor v, Tensor pos, Tensor a, Tensor spans,
-                                          int64_t window) {
-  Call c = prepare(q, q_pos, spans.size(0) / q.size(0), window);
-  add_pages(c, k, v, pos, a, spans);
-  return answer(c, q);
-}
-
-// mass and spikes, one after the other, and where each head's begin in them
-std::tuple<Tensor, Tensor> observe(Call& c, const Tensor& q, std::vector<int64_t> size, const std::vector<int64_t>& at, const Tensor& lse,
-                                   const Tensor& weight) {
-  STD_TORCH_CHECK(weight.is_contiguous() && lse.is_contiguous(), "weights and log-sum-exps must be contiguous");
-  expect(weight.scalar_type() == ScalarType::Float && weight.numel() == c.B * c.T && lse.scalar_type() == ScalarType::Float &&
-             lse.numel() == c.B * c.H * c.T,
-         "weights must be float32 (B, T), log-sum-exps float32 (B, H, T)");
-  const auto type = torch::headeronly::ScalarType::Float;
-  Tensor mass = torch::stable::new_zeros(q, size, type), spikes = torch::stable::new_zeros(q, size, type);
-  Sums to{static_cast<const float*>(weight.const_data_ptr()), static_cast<const float*>(lse.const_data_ptr()), {}, {}};
-  for (int64_t i : at) {
-    to.mass.push_back(static_cast<float*>(mass.mutable_data_ptr()) + i);
-    to.spikes.push_back(static_cast<float*>(spikes.mutable_data_ptr()) + i);
+// The same, and what slots receive: of the store (B, G, S), and of the pages in the list that spans speak of
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_and_mass(Tensor q, Tensor q_pos, Tensor k, Tensor v, Tensor pos,
+                                                                      std::optional<Tensor> a, Pages pk, Pages pv, Pages ppos, Pages pa,
+                                                                      Pages spans, Pages listed, Tensor weight, int64_t window) {
+  Call c = prepare(q, q_pos, k, v, pos, a, pk, pv, ppos, pa, spans, window);
+  expect(weight.is_contiguous() && weight.scalar_type() == ScalarType::Float && weight.numel() == c.B * c.T,
+         "weights of queries must be contiguous float32 (B, T)");
+  expect(bool(pk) == bool(listed), "pages are given whole, or not at all");
+  const int64_t pages = pk ? listed->size(0) : 0, page = pk ? pk->size(1) : 1;
+  const auto zeros = [&](std::vector<int64_t> size) { return torch::stable::new_zeros(q, size, ScalarType::Float); };
+  Tensor mass = zeros({c.B, c.G, k.size(2)}), spikes = zeros({c.B, c.G, k.size(2)}), pmass = zeros({pages, page}), pspikes = zeros({pages, page});
+  const auto place = [](Run& run, const Tensor& mass, const Tensor& spikes, int64_t at) {
+    run.mass = static_cast<float*>(mass.mutable_data_ptr()) + at, run.spikes = static_cast<float*>(spikes.mutable_data_ptr()) + at;
+  };
+  const int32_t* span = pk ? static_cast<const int32_t*>(spans->const_data_ptr()) : nullptr;
+  for (int64_t head = 0; head < c.B * c.G; head++) {
+    place(c.heads[head][0], mass, spikes, head * k.size(2));
+    if (!pk) continue;
+    expect(span[3 * head + 2] >= 0 && span[3 * head + 2] + span[3 * head + 1] <= pages, "a span leaves the list of pages");
+    place(c.heads[head][1], pmass, pspikes, span[3 * head + 2] * page);
   }
-  run(c, to, c.B * c.T);
-  return {mass, spikes};
-}
-
-std::tuple<Tensor, Tensor> slot_mass(Tensor q, Tensor q_pos, Tensor k, Tensor pos, std::optional<Tensor> a, Tensor lse, Tensor weight,
-                                     int64_t window) {
-  Call c = prepare(q, q_pos, k.size(1), window);
-  add_heads(c, k, k, pos, a);
-  std::vector<int64_t> at;
-  for (int64_t head = 0; head < c.B * c.G; head++) at.push_back(head * k.size(2));
-  return observe(c, q, {c.B, c.G, k.size(2)}, at, lse, weight);
-}
-
-std::tuple<Tensor, Tensor> page_mass(Tensor q, Tensor q_pos, Tensor k, Tensor pos, Tensor a, Tensor listed, Tensor spans, Tensor lse,
-                                     Tensor weight, int64_t window) {
-  Call c = prepare(q, q_pos, spans.size(0) / q.size(0), window);
-  const int32_t* span = static_cast<const int32_t*>(spans.const_data_ptr());
-  add_pages(c, k, k, pos, a, spans);
-  std::vector<int64_t> at;
-  for (int64_t head = 0; head < c.B * c.G; head++)
-    expect(span[3 * head + 2] >= 0 && span[3 * head + 2] + span[3 * head + 1] <= listed.size(0), "a span leaves the list of pages");
-  for (int64_t head = 0; head < c.B * c.G; head++) at.push_back(span[3 * head + 2] * k.size(1));
-  return observe(c, q, {listed.size(0), k.size(1)}, at, lse, weight);
+  Tensor out = torch::stable::new_empty(q, q.sizes());
+  std::vector<float> lse(c.B * c.H * c.T);
+  c.out = out.mutable_data_ptr(), c.lse = lse.data();
+  run(c);
+  run_mass(c, static_cast<const float*>(weight.const_data_ptr()));
+  return {out, mass, spikes, pmass, pspikes};
 }
 
 STABLE_TORCH_LIBRARY(zoo, m) {
   // The layout of a store is no business of the compiler's: without this tag, it copies the cache before every call.
   const std::vector<at::Tag> tags{at::Tag::flexible_layout};
-  m.def("slot_attention(Tensor q, Tensor q_pos, Tensor k, Tensor v, Tensor pos, Tensor? a, int window) -> (Tensor, Tensor)", tags);
   m.def(
-      "page_attention(Tensor q, Tensor q_pos, Tensor k, Tensor v, Tensor pos, Tensor a, Tensor spans, int window) -> (Tensor, "
-      "Tensor)",
+      "attention(Tensor q, Tensor q_pos, Tensor k, Tensor v, Tensor pos, Tensor? a, Tensor? pk, Tensor? pv, Tensor? ppos, Tensor? pa, "
+      "Tensor? spans, int window) -> (Tensor, Tensor)",
       tags);
   m.def(
-      "slot_mass(Tensor q, Tensor q_pos, Tensor k, Tensor pos, Tensor? a, Tensor lse, Tensor weight, int window) -> (Tensor, Tensor)",
-      tags);
-  m.def(
-      "page_mass(Tensor q, Tensor q_pos, Tensor k, Tensor pos, Tensor a, Tensor listed, Tensor spans, Tensor lse, Tensor weight, int "
-      "window) -> (Tensor, Tensor)",
+      "attention_and_mass(Tensor q, Tensor q_pos, Tensor k, Tensor v, Tensor pos, Tensor? a, Tensor? pk, Tensor? pv, Tensor? ppos, "
+      "Tensor? pa, Tensor? spans, Tensor? listed, Tensor weight, int window) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       tags);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(zoo, CPU, m) {
-  m.impl("slot_attention", TORCH_BOX(&slot_attention));
-  m.impl("page_attention", TORCH_BOX(&page_attention));
-  m.impl("slot_mass", TORCH_BOX(&slot_mass));
-  m.impl("page_mass", TORCH_BOX(&page_mass));
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_and_mass", TORCH_BOX(&attention_and_mass));
 }
 
 }  // namespace

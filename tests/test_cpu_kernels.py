@@ -20,7 +20,7 @@ import zoo
 from zoo.attention import parse
 from zoo.attention.backends import kernels_ready
 from zoo.attention.clustering import ward
-from zoo.attention.slots import PagedSlots, Slots, chunk_mass, paged_mass, paged_parts, slot_attention, slot_mass, slot_parts
+from zoo.attention.slots import PagedSlots, Slots, chunk_mass, finish, merge, paged_mass, paged_parts, slot_attention, slot_mass, slot_parts
 from zoo.attention.store import PAGE
 from zoo.errors import ZooError
 from zoo.folders import cache_folder
@@ -73,7 +73,7 @@ def wide(s: Slots) -> Slots:
 def test_attention_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, weights: bool, window: int | None, big: float) -> None:
     """Output within 1.5 times the error of the formula in the model's own dtype, log-sum-exp to 1e-4 of scores."""
     q, q_pos, s = make(shape, dtype, sum(shape), weights, window, big)
-    out, lse = cpu.slot_attention(q, q_pos, s)
+    out, lse = cpu.attention(q, q_pos, s)
     true = slot_attention(q.double(), q_pos, wide(s))
     parts = slot_parts(q.double(), q_pos, wide(s))
     seen = parts.den > 0
@@ -100,7 +100,7 @@ def test_attention_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, w
 def test_attention_of_any_shape(B: int, G: int, R: int, T: int, D: int, S: int, weights: bool) -> None:
     q, q_pos, s = make((B, G * R, G, T, D, S), torch.float32, S, weights, None)
     if cpu.covers(q.device, q.dtype, D, R * T):
-        assert (cpu.slot_attention(q, q_pos, s)[0] - slot_attention(q.double(), q_pos, wide(s))).abs().max() < 1e-5
+        assert (cpu.attention(q, q_pos, s)[0] - slot_attention(q.double(), q_pos, wide(s))).abs().max() < 1e-5
 
 
 def paged(seed: int, dtype: torch.dtype, T: int, D: int = 64, window: int | None = None) -> tuple[Tensor, Tensor, PagedSlots, Tensor]:
@@ -125,6 +125,12 @@ def paged(seed: int, dtype: torch.dtype, T: int, D: int = 64, window: int | None
     return q, torch.arange(30, 30 + T).expand(2, T).clone(), PagedSlots(k, v, pos, a, listed, owner, table, window=window), spans
 
 
+def nothing(s: PagedSlots, heads: int) -> Slots:
+    """A dense store without a token, for two sequences."""
+    k = torch.zeros(2, heads // 2, 1, s.k.shape[2], dtype=s.k.dtype)
+    return Slots(k, k, torch.full((2, 1, 1), -1, dtype=torch.int32), window=s.window)
+
+
 @pytest.mark.parametrize("window", [None, 12])
 @pytest.mark.parametrize(
     ("dtype", "T"), [(torch.float32, 1), (torch.float32, 4), (torch.bfloat16, 1), pytest.param(torch.bfloat16, 70, marks=few_only)]
@@ -132,18 +138,43 @@ def paged(seed: int, dtype: torch.dtype, T: int, D: int = 64, window: int | None
 def test_pages_match_float64(dtype: torch.dtype, T: int, window: int | None) -> None:
     """Attention, and the mass of each page in the layer's list; heads without a page say 0 and -inf."""
     q, q_pos, s, spans = paged(5, dtype, T, window=window)
-    out, lse = cpu.page_attention(q, q_pos, s, spans)
+    out, lse = cpu.attention(q, q_pos, nothing(s, 4), s, spans)
     true = paged_parts(q.double(), q_pos, replace(s, k=s.k.double(), v=s.v.double()))
     bound = 1e-5 if dtype == torch.float32 else 2e-2
     ratio = torch.where(true.den[..., None] > 0, true.num / true.den[..., None], 0).view(out.shape)
     assert (out.double() - ratio).abs().max() < bound
     assert (lse[0, 3:] == -torch.inf).all()  # its second head owns nothing
     weight = torch.rand(2, T)
-    mass, spikes = cpu.page_mass(q, q_pos, s, spans, lse, weight)
-    for got, power in ((mass, 1), (spikes, 2)):
+    again, none, masses = cpu.attention_and_mass(q, q_pos, nothing(s, 4), s, spans, weight)
+    assert torch.equal(again, out)
+    assert all((t == 0).all() for t in none)
+    for got, power in zip(masses, (1, 2), strict=True):
         want = paged_mass(q.double(), q_pos, replace(s, k=s.k.double(), v=s.v.double()), true, weight.double(), power)
         assert (got.double() - want).abs().max() < 3e-5 * T
         assert want.max() > 0.01
+
+
+@pytest.mark.parametrize("window", [None, 12])
+@pytest.mark.parametrize(
+    ("dtype", "T"), [(torch.float32, 1), (torch.float32, 4), (torch.bfloat16, 2), pytest.param(torch.bfloat16, 70, marks=few_only)]
+)
+def test_a_store_and_pages_share_one_softmax(dtype: torch.dtype, T: int, window: int | None) -> None:
+    """What queries see of both, and what both receive, as by merging their parts."""
+    q, q_pos, s, spans = paged(6, dtype, T, window=window)
+    _, _, dense = make((2, 6, 4 // 2, T, 64, 90), dtype, 7, False, window)
+    weight = torch.rand(2, T)
+    out, masses, page_masses = cpu.attention_and_mass(q, q_pos, dense, s, spans, weight)
+    assert torch.equal(cpu.attention(q, q_pos, dense, s, spans)[0], out)
+    d, p = wide(dense), replace(s, k=s.k.double(), v=s.v.double())
+    whole = merge(slot_parts(q.double(), q_pos, d), paged_parts(q.double(), q_pos, p))
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    assert (out.double() - finish(whole, torch.float64).view(out.shape)).abs().max() < bound
+    for power in (1, 2):
+        want = slot_mass(q.double(), q_pos, d, whole, weight.double(), power)
+        assert (masses[power - 1].double() - want).abs().max() < 3e-5 * T
+        wanted = paged_mass(q.double(), q_pos, p, whole, weight.double(), power)
+        assert (page_masses[power - 1].double() - wanted).abs().max() < 3e-5 * T
+        assert min(want.max(), wanted.max()) > 1e-3 * T
 
 
 @pytest.mark.parametrize("window", [None, 50])
@@ -156,14 +187,15 @@ def test_mass_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, weight
     """What each slot received, to the powers 1 and 2, weighted by query; nothing for empty slots, and nothing at all for weights of 0."""
     q, q_pos, s = make(shape, dtype, sum(shape) + 1, weights, window)
     weight = torch.rand(shape[0], shape[3])
-    _, lse = cpu.slot_attention(q, q_pos, s)
-    got = cpu.slot_mass(q, q_pos, s, lse, weight)
+    out, got, none = cpu.attention_and_mass(q, q_pos, s, None, None, weight)
+    assert torch.equal(out, cpu.attention(q, q_pos, s)[0])
+    assert all(t.numel() == 0 for t in none)
     parts = slot_parts(q.double(), q_pos, wide(s))
     for mass, power in zip(got, (1, 2), strict=True):
         want = slot_mass(q.double(), q_pos, wide(s), parts, weight.double(), power)
         assert (mass.double() - want).abs().max() < 1e-4 * shape[3]
         assert (mass.transpose(0, 1)[:, (s.pos < 0).all(1)] == 0).all() or weights
-    assert all((m == 0).all() for m in cpu.slot_mass(q, q_pos, s, lse, torch.zeros_like(weight)))
+    assert all((m == 0).all() for m in cpu.attention_and_mass(q, q_pos, s, None, None, torch.zeros_like(weight))[1])
 
 
 @few_only
@@ -173,8 +205,7 @@ def test_mass_of_a_chunk_is_better_than_in_bfloat16() -> None:
     q_pos[0, 0] = 600
     parts = slot_parts(q.double(), q_pos, wide(s))
     want = slot_mass(q.double(), q_pos, wide(s), parts)
-    _, lse = cpu.slot_attention(q, q_pos, s)
-    got = cpu.slot_mass(q, q_pos, s, lse, torch.ones(1, 300))[0]
+    got = cpu.attention_and_mass(q, q_pos, s, None, None, torch.ones(1, 300))[1][0]
     old = chunk_mass(q, q_pos, s, slot_parts(q, q_pos, s))[0]
     assert (got.double() - want).abs().max() < 0.1 * (old.double() - want).abs().max()
 
@@ -251,47 +282,53 @@ def test_operators_are_well_behaved() -> None:
     """Schemas, fake tensors and tracing, by PyTorch's own checks."""
     q, q_pos, s = make((1, 6, 2, 2, 64, 70), torch.bfloat16, 1, True, None)
     one, (pq, pp, p, spans) = torch.ones(1, 2), paged(1, torch.bfloat16, 2)
-    lse, ops = cpu.slot_attention(q, q_pos, s)[1], torch.ops.zoo
+    ops, beside = torch.ops.zoo, (None,) * 5
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(ops.slot_attention, (q, q_pos, s.k, s.v, s.pos, s.a, 0), test_utils=tests)
-    torch.library.opcheck(ops.slot_mass, (q, q_pos, s.k, s.pos, s.a, lse, one, 0), test_utils=tests)
-    torch.library.opcheck(ops.page_attention, (pq, pp, p.k, p.v, p.pos, p.a, spans, 0), test_utils=tests)
-    plse = cpu.page_attention(pq, pp, p, spans)[1]
-    torch.library.opcheck(ops.page_mass, (pq, pp, p.k, p.pos, p.a, p.pages, spans, plse, torch.ones(2, 2), 0), test_utils=tests)
+    dense, pages = nothing(p, 4), (p.k, p.v, p.pos, p.a, spans)
+    store, empty = (s.k, s.v, s.pos, s.a), (dense.k, dense.v, dense.pos, None)
+    torch.library.opcheck(ops.attention, (q, q_pos, *store, *beside, 0), test_utils=tests)
+    torch.library.opcheck(ops.attention, (pq, pp, *empty, *pages, 0), test_utils=tests)
+    torch.library.opcheck(ops.attention_and_mass, (q, q_pos, *store, *beside, None, one, 0), test_utils=tests)
+    torch.library.opcheck(ops.attention_and_mass, (pq, pp, *empty, *pages, p.pages, torch.ones(2, 2), 0), test_utils=tests)
     torch.library.opcheck(ops.linear, (torch.randn(2, 32), torch.randn(5, 32)), test_utils=tests)
     int8 = torch.randint(-127, 128, (5, 32), dtype=torch.int8)
     torch.library.opcheck(ops.linear_int8, (torch.randn(2, 32), int8, torch.rand(5)), test_utils=tests)
     torch.library.opcheck(ops.ward, (*clusters(1, 2, 30, 4), 1e-4), test_utils=tests)
     with pytest.raises(RuntimeError, match="multiples of 16"):
-        ops.slot_attention(q[..., :8].contiguous(), q_pos, s.k, s.v, s.pos, None, 0)
+        ops.attention(q[..., :8].contiguous(), q_pos, *store[:3], None, *beside, 0)
     for wrong, says in (
-        ((q, q_pos, s.k.float(), s.v, s.pos, None, 0), "queries' dtype"),
-        ((q, q_pos, s.k, s.v[:, :, 1:], s.pos, None, 0), "as many rows"),
-        ((q, q_pos, s.k, s.v, s.pos.long(), None, 0), "int32"),
-        ((q, q_pos[:, :1].contiguous(), s.k, s.v, s.pos, None, 0), "int64"),
-        ((q[:, :5].contiguous(), q_pos, s.k, s.v, s.pos, None, 0), "multiple of key/value heads"),
-        ((q, q_pos, s.k, s.v, s.pos, torch.zeros(1, 2, 3), 0), "log-weights"),
+        ((q, q_pos, s.k.float(), s.v, s.pos, None), "queries' dtype"),
+        ((q, q_pos, s.k, s.v[:, :, 1:], s.pos, None), "as many rows"),
+        ((q, q_pos, s.k, s.v, s.pos.long(), None), "int32"),
+        ((q, q_pos[:, :1].contiguous(), s.k, s.v, s.pos, None), "int64"),
+        ((q[:, :5].contiguous(), q_pos, s.k, s.v, s.pos, None), "multiple of key/value heads"),
+        ((q, q_pos, s.k, s.v, s.pos, torch.zeros(1, 2, 3)), "log-weights"),
+        ((q.double(), q_pos, s.k, s.v, s.pos, None), "bfloat16 or float32"),
     ):
         with pytest.raises(RuntimeError, match=says):
-            ops.slot_attention(*wrong)
+            ops.attention(*wrong, *beside, 0)
     with pytest.raises(RuntimeError, match="leaves the arena"):
-        ops.page_attention(pq, pp, p.k, p.v, p.pos, p.a, spans + 100, 0)
+        ops.attention(pq, pp, *empty, p.k, p.v, p.pos, p.a, spans + 100, 0)
+    with pytest.raises(RuntimeError, match="given whole"):
+        ops.attention(pq, pp, *empty, p.k, p.v, p.pos, p.a, None, 0)
+    with pytest.raises(RuntimeError, match="list of pages"):
+        ops.attention_and_mass(pq, pp, *empty, *pages, p.pages[:9], torch.ones(2, 2), 0)
+    with pytest.raises(RuntimeError, match=r"float32 \(B, T\)"):
+        ops.attention_and_mass(q, q_pos, *store, *beside, None, one.double(), 0)
     with pytest.raises(RuntimeError, match="int8, its scales"):
         ops.linear_int8(torch.randn(2, 32), int8, torch.rand(4))
     with pytest.raises(RuntimeError, match="multiple of 16"):
         ops.linear(torch.randn(2, 20), torch.randn(5, 20))
+    x, w, alive, surplus = clusters(1, 2, 30, 4)
     with pytest.raises(RuntimeError, match="weights must be contiguous float32"):
-        x, w, alive, surplus = clusters(1, 2, 30, 4)
         ops.ward(x, w[..., 1:].contiguous(), alive, surplus, 1e-4)
     with pytest.raises(RuntimeError, match="same dtype"):
         ops.linear(torch.randn(2, 32), torch.randn(5, 32).bfloat16())
-    with pytest.raises(RuntimeError, match="bfloat16 or float32"):
-        ops.slot_attention(q.double(), q_pos, s.k, s.v, s.pos, None, 0)
 
 
 def test_operators_that_read_a_cache_take_it_as_it_lies() -> None:
     """Without this tag a compiled step copies keys and values before each call: right, and twice as slow at 8,000 tokens."""
-    for name in ("slot_attention", "page_attention", "slot_mass", "page_mass"):
+    for name in ("attention", "attention_and_mass"):
         assert torch.Tag.flexible_layout in getattr(torch.ops.zoo, name).default.tags
 
 
@@ -418,7 +455,7 @@ def test_kernels_run_and_change_nothing(tmp_path: Path, attn: str, monkeypatch: 
     """A model's own caches, prompt and 80 steps: the same logits as by the formula, and the kernels were called."""
     folder = str(write_llama(tmp_path / "m", head_dim=16))
     called: set[str] = set()
-    for name in ("slot_attention", "page_attention", "slot_mass", "page_mass"):
+    for name in ("attention", "attention_and_mass"):
         real = getattr(cpu, name)
         monkeypatch.setattr(cpu, name, lambda *a, real=real, name=name: called.add(name) or real(*a))
     logits = []
@@ -429,8 +466,8 @@ def test_kernels_run_and_change_nothing(tmp_path: Path, attn: str, monkeypatch: 
         cache = lm.new_cache(2)
         lm.prefill(ids[:, :200], cache, [200, 171])
         logits.append(torch.stack([lm.decode_step(ids[:, t], cache) for t in range(200, 280)]))
-    assert "slot_attention" in called
-    assert ("page_mass" in called) == attn.startswith(("subgen", "h2o"))  # those that ask what was attended to
+    assert called
+    assert ("attention_and_mass" in called) == attn.startswith(("subgen", "h2o"))  # those that ask what was attended to
     assert (logits[0] - logits[1]).abs().max() < 1e-3
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.attention.slots import Parts, Slots, sdpa, slot_attention
+from zoo.attention.slots import Slots, sdpa, slot_attention
 from zoo.errors import ZooError
 from zoo.folders import cache_folder
 
@@ -25,7 +25,7 @@ def cpp(q: Tensor, q_pos: Tensor, slots: Slots) -> Tensor:
         return attention(q, q_pos, slots)
     from zoo.kernels import cpu
 
-    return cpu.slot_attention(q, q_pos, slots)[0]
+    return cpu.attention(q, q_pos, slots)[0]
 
 
 def covered(q: Tensor, heads: int) -> bool:
@@ -42,14 +42,6 @@ def kernels_ready() -> bool:
     from zoo.kernels import cpu
 
     return cpu.ready(cache_folder() / "kernels")
-
-
-def cpp_parts(answer: tuple[Tensor, Tensor], heads: int) -> Parts:
-    """What the CPU kernels return, as Parts whose num is the output and whose maxima are its log-sum-exp: for `blend`."""
-    out, lse = answer
-    B, H, T, D = out.shape
-    lse = lse.view(B, heads, H // heads, T)
-    return Parts(out.to(lse.dtype).view(B, heads, H // heads, T, D), lse, (lse > -torch.inf).to(lse.dtype), lse)
 
 
 BACKENDS: dict[str, Any] = {"eager": slot_attention, "sdpa": sdpa, "cpp": cpp}

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.attention.backends import attention, covered, cpp_parts
+from zoo.attention.backends import attention, covered
 from zoo.attention.cache import Cache, round_up
 from zoo.attention.slots import (
     PAGE,
@@ -89,28 +89,43 @@ class BudgetedCache(Cache):
     def answer(self, q: Tensor, pos: Tensor) -> Tensor:
         """The output for queries whose keys have been written."""
         tail = self.store.read(self.window)
-        heads = tail.k.shape[1]
-        kernel = self.backend == "cpp" and covered(q, heads)
-        fused = kernel or (not torch.compiler.is_compiling() and q.device.type == "cpu" and self.backend != "eager")
+        kernel = self.backend == "cpp" and covered(q, tail.k.shape[1])
+        fused = not kernel and not torch.compiler.is_compiling() and q.device.type == "cpu" and self.backend != "eager"
         some = torch.compiler.is_compiling() or any(self.pages.count[self.index])  # a compiled step always asks for both
         observing = self.method.observes > 0 and self.store.mass is not None
         if not some and not observing:
             return attention(q, pos, tail, self.backend)
-        settled = self.read_settled(looped=fused and not kernel)
+        settled = self.read_settled(looped=fused) if some else None
         if kernel:
-            from zoo.kernels import cpu
-
-            whole = cpp_parts(cpu.slot_attention(q, pos, tail), heads)
-            whole = blend(whole, cpp_parts(cpu.page_attention(q, pos, settled, self.spans), heads)) if some else whole
-        elif fused:
+            return self.answer_by_kernel(q, pos, tail, settled, observing)
+        if fused:
             whole = flash_slots(q, pos, tail)
-            whole = blend(whole, flash_pages(q, pos, settled)) if some else whole
+            whole = whole if settled is None else blend(whole, flash_pages(q, pos, settled))
         else:
             whole = slot_parts(q, pos, tail)
-            whole = merge(whole, paged_parts(q, pos, settled)) if some else whole
+            whole = whole if settled is None else merge(whole, paged_parts(q, pos, settled))
         if observing:
-            self.observe(q, pos, whole, tail, settled if some else None, kernel)
+            self.observe(q, pos, whole, tail, settled)
         return whole.num.view(q.shape).to(q.dtype) if fused else finish(whole, q.dtype)
+
+    def answer_by_kernel(self, q: Tensor, pos: Tensor, tail: Slots, settled: PagedSlots | None, observing: bool) -> Tensor:
+        """The same by the CPU kernels: one softmax over tail and pages, and what both received."""
+        from zoo.kernels import cpu
+
+        counts, every = self.counted(pos)
+        if not observing or (every > 1 and not torch.compiler.is_compiling() and not bool(counts.any())):
+            return cpu.attention(q, pos, tail, settled, self.spans)[0]
+        out, sums, settled_sums = cpu.attention_and_mass(q, pos, tail, settled, self.spans, (counts * every).float())
+        for name, power in self.method.powers.items():
+            getattr(self.store, name).add_(sums[power - 1])
+            if settled is not None and (mine := getattr(self, name)) is not None:
+                mine.add_(settled_sums[power - 1])
+        return out
+
+    def counted(self, pos: Tensor) -> tuple[Tensor, int]:
+        """Which queries (B, T) are looked at, and how many each stands for: all of a prompt, every `observes`-th one by position later."""
+        every = 1 if self.prompt_open else self.method.observes
+        return (pos >= 0) & (pos % max(every, 1) == 0), every
 
     def read_settled(self, looped: bool = False) -> PagedSlots:
         """looped: with a view of each head's rows, for what goes through heads one by one."""
@@ -118,11 +133,9 @@ class BudgetedCache(Cache):
         views = p.views(self.index) if looped and not torch.compiler.is_compiling() else ()
         return PagedSlots(p.k, p.v, p.pos, p.a, self.listed, self.owner, self.table, (), views, self.window)
 
-    def observe(self, q: Tensor, pos: Tensor, whole: Parts, tail: Slots, settled: PagedSlots | None, kernel: bool) -> None:
-        """Add up the attention that slots get, to the method's `powers`: from all queries of a prompt, and later from every `observes`-th
-        one by position, which then stands for as many. Never more than the queries of one call x slots."""
-        every = 1 if self.prompt_open else self.method.observes
-        counts = (pos >= 0) & (pos % every == 0)
+    def observe(self, q: Tensor, pos: Tensor, whole: Parts, tail: Slots, settled: PagedSlots | None) -> None:
+        """Add up the attention that slots get, to the method's `powers`. Never more than the queries of one call x slots."""
+        counts, every = self.counted(pos)
         eager = not torch.compiler.is_compiling()
         if every > 1 and eager:
             columns = counts.any(0).nonzero()[:, 0]
@@ -131,18 +144,6 @@ class BudgetedCache(Cache):
             q, pos, counts = q[:, :, columns], pos[:, columns], counts[:, columns]
             whole = Parts(*(x[:, :, :, columns] for x in whole))
         weight, powers = counts * every, self.method.powers
-        if kernel:
-            from zoo.kernels import cpu
-
-            weight, lse = weight.float(), whole.max_den.flatten(1, 2)
-            sums = cpu.slot_mass(q, pos, tail, lse, weight)
-            settled_sums = None if settled is None else cpu.page_mass(q, pos, settled, self.spans, lse, weight)
-            for name, power in powers.items():
-                getattr(self.store, name).add_(sums[power - 1])
-                mine = getattr(self, name)
-                if settled_sums is not None and mine is not None:
-                    mine.add_(settled_sums[power - 1])
-            return
         if every == 1 and pos.shape[1] > 1 and eager:
             sums = chunk_mass(q, pos, tail, whole, tuple(powers.values()))
         else:
