@@ -2,7 +2,7 @@
 
     attention                         what queries see of a dense store, and of pages beside it: output and log-sum-exp
     attention_and_mass                the same, and the probability that slots received
-    ward                              which clusters to merge
+    ward, rounded                     which clusters to merge, and their means in bfloat16
     torch.ops.zoo.linear(x, weight)   x (M, K) times weight (N, K) transposed, for up to FEW rows: every weight is read once
     torch.ops.zoo.linear_int8         the same for a weight of int8 numbers and a float32 scale a row: x, weight, scale (N,)
 
@@ -34,7 +34,7 @@ from torch import Tensor
 log = logging.getLogger("zoo")
 
 FOLDER = Path(__file__).parent
-SOURCES = [FOLDER / name for name in ("slot_attention.cpp", "linear.cpp", "ward.cpp")]  # an object each
+SOURCES = [FOLDER / name for name in ("slot_attention.cpp", "linear.cpp", "merging.cpp")]  # an object each
 FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC"]
 FEW = 16  # rows up to which keys, or weights, are read as they lie; in slot_attention.cpp, too
 WIDEST = 256  # head size
@@ -123,6 +123,7 @@ def declare() -> None:
     for name in ("linear", "linear_int8"):
         torch.library.register_fake(f"zoo::{name}", rows)
     torch.library.register_fake("zoo::ward", lambda x, *rest: x.new_empty(x.shape[:3], dtype=torch.int64))
+    torch.library.register_fake("zoo::rounded", lambda mean, *rest: mean.new_empty(mean.shape, dtype=torch.bfloat16))
 
 
 def attention(q: Tensor, q_pos: Tensor, slots: Any, pages: Any = None, spans: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -153,3 +154,12 @@ def ward(x: Tensor, weight: Tensor, alive: Tensor, surplus: Tensor) -> Tensor:
     from zoo.attention.clustering import TIE
 
     return torch.ops.zoo.ward(x.contiguous(), weight.contiguous(), alive.contiguous(), surplus.contiguous(), TIE)
+
+
+def rounded(mean: Tensor, dtype: torch.dtype, seed: int, *where: Tensor) -> Tensor:
+    """`zoo.attention.clustering.rounded`; other dtypes than bfloat16 go there."""
+    if dtype != torch.bfloat16:
+        from zoo.attention.clustering import rounded
+
+        return rounded(mean, dtype, seed, *where)
+    return torch.ops.zoo.rounded(mean.contiguous(), (seed + 2**63) % 2**64 - 2**63, torch.stack(where, 1))

@@ -19,7 +19,7 @@ from zoo.kernels import cpu
 import zoo
 from zoo.attention import parse
 from zoo.attention.backends import kernels_ready
-from zoo.attention.clustering import ward
+from zoo.attention.clustering import rounded, ward
 from zoo.attention.slots import PagedSlots, Slots, chunk_mass, finish, merge, paged_mass, paged_parts, slot_attention, slot_mass, slot_parts
 from zoo.attention.store import PAGE
 from zoo.errors import ZooError
@@ -259,6 +259,20 @@ def test_ward_is_the_one_of_clustering(shape: tuple[int, int, int, int]) -> None
     assert all(len(got[b, h][alive[b, h]].unique()) == 1 for b in range(shape[0]) for h in range(shape[1]) if alive[b, h].any())
 
 
+def test_rounding_is_the_one_of_clustering() -> None:
+    """Bit for bit: halves, zeros, tiny and negative numbers, numbers that bfloat16 has, and seeds beyond int64."""
+    g = torch.Generator().manual_seed(0)
+    mean = torch.randn(400, 48, generator=g) * 10.0 ** torch.randint(-42, 30, (400, 1), generator=g)
+    mean[:5] = torch.tensor([0.0, -0.0, 1e-41, -1e-41, 1.0])[:, None]
+    mean[5:50] = mean[5:50].bfloat16().float()
+    where = tuple(torch.randint(-5, 2**40, (400,), generator=g) for _ in range(4))
+    for seed in (0, 3, 2**63 + 1):
+        got, want = cpu.rounded(mean, torch.bfloat16, seed, *where), rounded(mean, torch.bfloat16, seed, *where)
+        assert torch.equal(got, want)
+        assert 0.2 < (got != mean.bfloat16())[50:].float().mean() < 0.3  # a quarter goes the other way
+    assert torch.equal(cpu.rounded(mean, torch.float32, 0, *where), mean)
+
+
 @pytest.mark.parametrize("step", [0.7, 1.5])
 def test_ward_with_equal_points(step: float) -> None:
     """Points on a grid: equal ones go first, into the first of them; the cost of what merges is that of clustering's."""
@@ -294,6 +308,7 @@ def test_operators_are_well_behaved() -> None:
     int8 = torch.randint(-127, 128, (5, 32), dtype=torch.int8)
     torch.library.opcheck(ops.linear_int8, (torch.randn(2, 32), int8, torch.rand(5)), test_utils=tests)
     torch.library.opcheck(ops.ward, (*clusters(1, 2, 30, 4), 1e-4), test_utils=tests)
+    torch.library.opcheck(ops.rounded, (torch.randn(3, 8), 5, torch.ones(3, 2, dtype=torch.int64)), test_utils=tests)
     with pytest.raises(RuntimeError, match="multiples of 16"):
         ops.attention(q[..., :8].contiguous(), q_pos, *store[:3], None, *beside, 0)
     for wrong, says in (
@@ -355,6 +370,7 @@ MUTANTS = [
     ("*x * c.weight[a] + y * c.weight[b]", "(*x + y) / 2 * both"),  # means are not weighted
     ("const float unit = unit_of(c, tie)", "const float unit = 1e-30f"),  # nothing is a tie
     ("most = (surplus + 1) / 2", "most = surplus"),  # what merged is not looked at anew
+    ("up == negative ? -1 : 1", "up ? 1 : -1"),  # negative numbers are rounded the wrong way
 ]
 
 CHECK = """
@@ -380,6 +396,7 @@ for shape in ((3, 1000, 48), (16, 65, 128)):
 for shape in ((3, 1000, 48), (16, 65, 320), (2, 130, 14336)):
     t.test_int8_linear_matches_float64(*shape, torch.float32)
 t.test_ward_is_the_one_of_clustering((3, 3, 400, 16))
+t.test_rounding_is_the_one_of_clustering()
 for step in (0.7, 1.5):
     t.test_ward_with_equal_points(step)
 """

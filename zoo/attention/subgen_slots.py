@@ -7,7 +7,7 @@ lengths, room (A, G) how many slots a head may own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,6 +40,11 @@ class Maker:
         self.layers, self.method = layers, layers[0].method
         self.queries = Statistics.of([layer.queries for layer in layers])
         self.group = self.queries.mean.shape[1] // layers[0].store.k.shape[1]
+        self.ward, self.rounded = ward, rounded
+        if layers[0].backend == "cpp":
+            from zoo.kernels import cpu
+
+            self.ward, self.rounded = cpu.ward, cpu.rounded
 
     def points(self, slots: dict[str, Tensor], alive: Tensor) -> Tensor:
         """What distances are taken between, (A, G, N, F) float32."""
@@ -122,7 +127,7 @@ class Maker:
                 values.new_zeros(len(clusters), values.shape[1], dtype=wide).index_add_(0, into, values[tokens].to(wide) * weight) / total
             )
             t = values.index_select(0, member).index_copy_(
-                0, clusters, rounded(mean, values.dtype, self.method.seed, *place, torch.full_like(clusters, which))
+                0, clusters, self.rounded(mean, values.dtype, self.method.seed, *place, torch.full_like(clusters, which))
             )
             new[name] = t.view(*label.shape[:2], size, -1)
         return new | {name: gathered(label, slots[name], size) for name in self.method.beside}
@@ -135,16 +140,7 @@ class Maker:
         weight, attention = self.weights(slots, seen, count)
         free = alive & ~self.exact(pos, count, attention, room)
         surplus = (alive.sum(-1) - room).clamp(min=0) * due[:, None]
-        return self.gather(slots, self.pairs(self.points(slots, free), weight, free, surplus), weight, count, alive)
-
-    @property
-    def pairs(self) -> Callable[..., Tensor]:
-        """`ward`, or its CPU kernel."""
-        if self.layers[0].backend != "cpp":
-            return ward
-        from zoo.kernels import cpu
-
-        return cpu.ward
+        return self.gather(slots, self.ward(self.points(slots, free), weight, free, surplus), weight, count, alive)
 
     def join(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, due: Tensor) -> dict[str, Tensor]:
         """By delta: a token that leaves the recent ones joins the nearest slot, the first tokens' aside, if that is no farther than delta,

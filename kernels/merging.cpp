@@ -1,6 +1,6 @@
-// Merging clusters on CPUs, cheapest pair first: `ward` of zoo/attention/clustering.py, to the letter, a head at a time.
+// Merging clusters on CPUs: `ward` and `rounded` of zoo/attention/clustering.py, to the letter.
 //
-//   cost(a, b) = |x_a - x_b|^2 / (1/w_a + 1/w_b)
+// ward, a head at a time: cost(a, b) = |x_a - x_b|^2 / (1/w_a + 1/w_b)
 //
 // In each round the lightest clusters look for their cheapest partners; coordinates lie one dimension after another, so that a vector is
 // 16 candidates. A head of some hundred clusters stays in a core's first two caches.
@@ -169,8 +169,59 @@ Tensor ward(Tensor x, Tensor weight, Tensor alive, Tensor surplus, double tie) {
   return out;
 }
 
-STABLE_TORCH_LIBRARY_FRAGMENT(zoo, m) { m.def("ward(Tensor x, Tensor weight, Tensor alive, Tensor surplus, float tie) -> Tensor"); }
+// Rounding to bfloat16 at random. The numbers are those of zoo/random.py
 
-STABLE_TORCH_LIBRARY_IMPL(zoo, CPU, m) { m.impl("ward", TORCH_BOX(&ward)); }
+constexpr uint64_t GOLDEN = 0x9e3779b97f4a7c15;
+
+inline uint64_t scramble(uint64_t x) {  // splitmix64's finaliser
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111eb;
+  return x ^ (x >> 31);
+}
+
+inline bf16 round_at_random(float x, float noise) {  // up or down, so that the expectation over noise is x
+  const bf16 near(x);
+  const float error = x - float(near);
+  const bool up = error > 0, negative = near.x >> 15;
+  bf16 other;
+  if ((near.x & 0x7fff) == 0)
+    other = bf16(up ? 1 : 0x8001, bf16::from_bits());
+  else
+    other = bf16(near.x + (up == negative ? -1 : 1), bf16::from_bits());
+  return noise * std::abs(float(other) - float(near)) < std::abs(error) ? other : near;
+}
+
+// mean (M, D) float32, where (M, n) int64: what a row's draws are a function of, beside seed and dimension
+Tensor rounded(Tensor mean, int64_t seed, Tensor where) {
+  STD_TORCH_CHECK(mean.dim() == 2 && mean.is_contiguous() && mean.scalar_type() == ScalarType::Float, "means must be contiguous float32 (M, D)");
+  STD_TORCH_CHECK(where.dim() == 2 && where.is_contiguous() && where.scalar_type() == ScalarType::Long && where.size(0) == mean.size(0),
+                  "where draws belong must be contiguous int64 (M, n)");
+  const int64_t M = mean.size(0), D = mean.size(1), n = where.size(1);
+  Tensor out = torch::stable::new_empty(mean, {M, D}, ScalarType::BFloat16);
+  const float* from = static_cast<const float*>(mean.const_data_ptr());
+  const int64_t* at = static_cast<const int64_t*>(where.const_data_ptr());
+  bf16* to = static_cast<bf16*>(out.mutable_data_ptr());
+#pragma omp parallel for
+  for (int64_t m = 0; m < M; m++) {
+    uint64_t row = scramble(uint64_t(seed) + GOLDEN);
+    for (int64_t i = 0; i < n; i++) row = scramble(row * GOLDEN + uint64_t(at[m * n + i]) + 1);
+    for (int64_t d = 0; d < D; d++) {
+      const uint64_t x = scramble(row * GOLDEN + uint64_t(d) + 1);
+      const float noise = (float(x >> 41 & 0x7fffff) + 0.5f) * 0x1p-23f;
+      to[m * D + d] = round_at_random(from[m * D + d], noise);
+    }
+  }
+  return out;
+}
+
+STABLE_TORCH_LIBRARY_FRAGMENT(zoo, m) {
+  m.def("ward(Tensor x, Tensor weight, Tensor alive, Tensor surplus, float tie) -> Tensor");
+  m.def("rounded(Tensor mean, int seed, Tensor where) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(zoo, CPU, m) {
+  m.impl("ward", TORCH_BOX(&ward));
+  m.impl("rounded", TORCH_BOX(&rounded));
+}
 
 }  // namespace
