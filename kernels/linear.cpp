@@ -20,6 +20,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t GROUP = 256;  // columns that share a unit
+constexpr int64_t AHEAD = 4096;  // bytes ahead that are fetched: rows of a byte a number are too short for the processor to notice
 constexpr int64_t AT_ONCE = 8;  // rows of W that stay in the first cache for all rows of x
 
 // run(rows of W from `n` on, how many, where their products go (M, BLOCK)) for all rows, by all threads; then out (M, N) = those products
@@ -87,6 +88,7 @@ void dot(const Digits& x, int64_t M, const int8_t* w, int64_t D, float* out) {  
       for (int64_t d = g * GROUP; d < std::min((g + 1) * GROUP, D); d += 64) {
         const __m512i h = _mm512_loadu_si512(&x.high[m * D + d]), l = _mm512_loadu_si512(&x.low[m * D + d]);
         for (int n = 0; n < N; n++) {
+          __builtin_prefetch(w + n * D + d + AHEAD);
           const __m512i u = _mm512_xor_si512(_mm512_loadu_si512(w + n * D + d), flip);
           high[n] = _mm512_dpbusd_epi32(high[n], u, h), low[n] = _mm512_dpbusd_epi32(low[n], u, l);
         }

@@ -13,8 +13,9 @@ from conftest import write_checkpoint
 
 import zoo
 from zoo import quantized
+from zoo.attention.backends import kernels_ready
 from zoo.errors import ZooError
-from zoo.models.layers import Linear
+from zoo.models.layers import Linear, use_kernels
 from zoo.quantized import FEW, Int8Linear
 
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed (extra `quant`)")
@@ -29,9 +30,14 @@ def layer(bias: bool = False) -> Int8Linear:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 64), (2, 5, 64), (FEW, 64), (FEW + 1, 64), (3, 30, 64)])
-def test_every_path_is_the_formula(shape: tuple[int, ...], dtype: torch.dtype, bias: bool) -> None:
+@pytest.mark.parametrize("kernels", [False, True])
+def test_every_path_is_the_formula(shape: tuple[int, ...], dtype: torch.dtype, bias: bool, kernels: bool) -> None:
     """Few rows, many rows: scale (W x) + bias, to the dtype's rounding; a missing scale would be off by hundreds."""
+    if kernels and not kernels_ready():
+        pytest.skip("no C++ compiler: the CPU kernels cannot be built")
     l = layer(bias)
+    use_kernels(l, kernels)
+    assert (l.few > 0) == kernels
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     if bias:
         l.bias.data = l.bias.data.to(dtype)  # type: ignore[union-attr]

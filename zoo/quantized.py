@@ -48,6 +48,9 @@ class Int8Linear(Linear):
         if one_compiled_row(x):
             y = row_times(x, self.weight) * self.scale
             return (y if self.bias is None else y + self.bias).to(x.dtype).view(*x.shape[:-1], -1)
+        if x.numel() <= self.few * x.shape[-1] and x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32):
+            y = torch.ops.zoo.linear_int8(x.reshape(-1, x.shape[-1]).contiguous(), self.weight, self.scale).view(*x.shape[:-1], -1)
+            return y if self.bias is None else y + self.bias
         if x.dtype == torch.float16:  # sums of products with numbers up to 127 exceed its range
             return F.linear(x, (self.weight * self.scale[:, None]).to(x.dtype), self.bias)
         rows = x.numel() // x.shape[-1]

@@ -63,11 +63,9 @@ def use_kernels(model: nn.Module, yes: bool) -> None:
     from zoo.kernels.cpu import FEW, WORDS
 
     for module in model.modules():
-        if type(module) is not Linear:
-            continue
-        module.few = 0
-        if yes and module.weight.dtype in (torch.bfloat16, torch.float32) and not module.in_features % WORDS:
-            module.few = FEW
+        if isinstance(module, Linear):
+            made = module.weight.dtype in (torch.bfloat16, torch.float32, torch.int8) and not module.in_features % WORDS
+            module.few = FEW if yes and made else 0
 
 
 def one_compiled_row(x: Tensor) -> bool:
