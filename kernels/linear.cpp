@@ -1,9 +1,9 @@
 // Linear layers for few rows on CPUs: y = x W^T, every weight read once. A token through a matrix is bound by reading the matrix.
 //
 //   same dtype   x and W bfloat16 or float32; sums in float32
-//   int8         W int8 and one float32 scale a row. x becomes whole numbers of 16 bits, in units of its own for every GROUP columns,
-//                x = unit (256 high + low), so that products are sums of bytes, exact, four at a time (vpdpbusd); without such an
-//                instruction, or where columns are no multiple of 64, W is converted to float32 on its way.
+//   int8         W int8 and one float32 scale a row; W is converted to float32 on its way. A bfloat16 x becomes whole numbers of 16 bits,
+//                in units of its own for every GROUP columns, x = unit (256 high + low), so that products are sums of bytes, exact, four at
+//                a time (vpdpbusd), where there is such an instruction and columns are a multiple of 64.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -106,7 +106,7 @@ template <class K>
 void few_rows_int8(const K* x, int64_t M, const int8_t* weight, const float* scale, int64_t N, int64_t D, K* out) {
   const auto scales = [&](int64_t n) { return scale[n]; };
 #ifdef __AVX512VNNI__
-  if (D % 64 == 0) {
+  if (sizeof(K) == 2 && D % 64 == 0) {
     const Digits digits(x, M, D);
     const auto run = [&](int64_t n, int64_t count, float* y) {
       for (int64_t j = 0; j < count; j += 4) switch (count - j) {

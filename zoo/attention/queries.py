@@ -53,7 +53,7 @@ class Statistics:
         mean, cov = mean.view(B, G, -1, D), (0.5 * scale**2 * cov).view(B, G, -1, D, D).to(k.dtype)
         logit = scale * wide @ mean.mT  # (B, G, N, R)
         for r in range(mean.shape[2]):
-            logit[..., r] += torch.linalg.vecdot((k @ cov[:, :, r]).float(), wide)
+            logit[..., r] += (k @ cov[:, :, r]).float().mul_(wide).sum(-1)  # `vecdot` took three times as long
         return torch.where(count > 0, (logit + count.log()[..., None]).softmax(2).sum(-1), 0.0)
 
     def future(self, seen: Tensor) -> tuple[Tensor, Tensor]:
