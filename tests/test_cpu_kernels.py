@@ -260,6 +260,14 @@ def test_ward_is_the_one_of_clustering(shape: tuple[int, int, int, int]) -> None
     assert all(len(got[b, h][alive[b, h]].unique()) == 1 for b in range(shape[0]) for h in range(shape[1]) if alive[b, h].any())
 
 
+def test_ward_takes_near_points_for_equal() -> None:
+    """Within a hundredth of the largest norm the first is the nearest, as in clustering, whatever rounding says."""
+    x, weight = torch.tensor([0.0, 0.05, 0.06, 10.0]).view(1, 1, 4, 1), torch.tensor([[[1.0, 1.01, 1.02, 5.0]]])
+    alive = torch.ones(1, 1, 4, dtype=torch.bool)
+    for merge_by in (ward, cpu.ward):
+        assert merge_by(x, weight, alive, torch.ones(1, 1, dtype=torch.int64)).tolist() == [[[0, 0, 2, 3]]]
+
+
 def test_rounding_is_the_one_of_clustering() -> None:
     """Bit for bit: halves, zeros, tiny and negative numbers, numbers that bfloat16 has, and seeds beyond int64."""
     g = torch.Generator().manual_seed(0)
@@ -397,6 +405,7 @@ for shape in ((3, 1000, 48), (16, 65, 128)):
 for shape in ((3, 1000, 48), (16, 65, 320), (2, 130, 14336)):
     t.test_int8_linear_matches_float64(*shape, torch.bfloat16)
 t.test_ward_is_the_one_of_clustering((3, 3, 400, 16))
+t.test_ward_takes_near_points_for_equal()
 t.test_rounding_is_the_one_of_clustering()
 for step in (0.7, 1.5):
     t.test_ward_with_equal_points(step)
