@@ -46,6 +46,15 @@ def dot(x, y):
     return tl.dot(x, y, input_precision="ieee")
 
 
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 x in `dtype`, to nearest even; the interpreter's own conversion to bfloat16 cuts off."""
+    if UPCAST and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
 def check(*tensors: Tensor | None) -> None:
     """Raises RuntimeError unless the tensors lie on one device where Triton kernels run."""
     devices = {t.device for t in tensors if t is not None}
