@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED: bool = triton.knobs.runtime.interpret  # read when kernels are decorated, so it holds for the whole process
-UPCAST = tl.constexpr(INTERPRETED)  # the interpreter's bfloat16 products are wrong; in float32 they are exact
+UPCAST = tl.constexpr(INTERPRETED)  # the interpreter's bfloat16 products are wrong; in float32 they are right
 
 launches: Counter[str] = Counter()  # kernel name -> how often it ran
 
@@ -39,11 +39,11 @@ class Shipped:
 
 
 @triton.jit
-def dot(x, y):
-    """x @ y with float32 sums. float32 inputs are not rounded to TF32."""
+def dot(x, y, acc=None):
+    """x @ y (+ acc) with float32 sums. float32 inputs are not rounded to TF32."""
     if UPCAST:
         x, y = x.to(tl.float32), y.to(tl.float32)
-    return tl.dot(x, y, input_precision="ieee")
+    return tl.dot(x, y, acc, input_precision="ieee")
 
 
 @triton.jit
