@@ -58,7 +58,7 @@ class SelectingCache(BudgetedCache):
         self.register_buffer("asked", k.new_zeros(len(k), rows * keep, heads, size))
         self.register_buffer("asked_pos", torch.full((len(k), rows * keep), -1, dtype=torch.int64, device=k.device))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
+    def respond(self, q: Tensor, pos: Tensor) -> Tensor:
         if self.asked.shape[1]:
             W = self.method.queries
             pos_kept = torch.where(pos > pos.amax(1, keepdim=True) - W, pos, -1)
@@ -66,7 +66,7 @@ class SelectingCache(BudgetedCache):
             b = torch.arange(len(pos), device=pos.device)[:, None]
             self.asked.index_put_((b, row), q.transpose(1, 2))
             self.asked_pos.index_put_((b, row), pos_kept)
-        return super().attend(q, k, v, pos)
+        return super().respond(q, pos)
 
     def prepare(self, which: Tensor) -> None:
         """`mass`: the attention that the last queries give to each slot, tail and settled."""

@@ -137,10 +137,10 @@ class SubGenCache(BudgetedCache):
             for name in self.method.powers:
                 setattr(self.store, name, torch.zeros(k.shape[:3], device=k.device) if on else None)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
+    def respond(self, q: Tensor, pos: Tensor) -> Tensor:
         if self.prompt_open and not torch.compiler.is_compiling() and self.queries.learning:
             self.queries.learn(q, pos)
-        return super().attend(q, k, v, pos)
+        return super().respond(q, pos)
 
     def begin_prompt(self, seen: Tensor) -> None:
         self.queries.forget(False)

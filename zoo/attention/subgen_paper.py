@@ -108,10 +108,9 @@ class SubGenPaperCache(Cache):
     def reserve(self, ends: Tensor, most: int | None) -> Tensor:
         return torch.full_like(ends, 2**62)  # clusters make their room when they open
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
+    def respond(self, q: Tensor, pos: Tensor) -> Tensor:
         if self.backend == "sdpa":
             raise ZooError("backend 'sdpa' cannot weigh numerator and denominator apart, as subgen_paper does; use backend 'eager'")
-        self.store.append(self.row(pos), k, v, pos)
         z = slot_parts(q, pos, self.values.read(self.window))
         z = z._replace(den=torch.zeros_like(z.den), max_den=torch.full_like(z.max_den, -torch.inf))
         keys = self.sample.flatten(2, 3)

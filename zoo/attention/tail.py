@@ -81,8 +81,7 @@ class BudgetedCache(Cache):
     def row(self, pos: Tensor) -> Tensor:
         return 1 + (pos - self.origin[:, None]) % self.ring[:, None]  # row 0 is for padding
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
-        self.store.append(self.row(pos), k, v, pos)
+    def respond(self, q: Tensor, pos: Tensor) -> Tensor:
         pieces = zip(q.split(QUERIES, 2), pos.split(QUERIES, 1), strict=True)
         return self.answer(q, pos) if q.shape[2] <= QUERIES else torch.cat([self.answer(*piece) for piece in pieces], 2)
 
