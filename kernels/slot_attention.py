@@ -24,7 +24,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from zoo.kernels.launch import TYPES, Shipped, check, dot, launch, rounded
 
 PAGE = 32  # rows of a page, as in zoo/attention/slots.py
@@ -193,6 +192,11 @@ def weights(tops, best):
 # Launching
 
 
+def rows_together(t: Tensor) -> Tensor:
+    """t, or a copy of it whose last dimension is contiguous."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
 def strides(t: Tensor | None, of: tuple[int, ...]) -> tuple[int, ...]:
     """Strides along the first len(of) dimensions, 0 where one entry serves all."""
     return tuple(0 if t is None or t.shape[i] < n else t.stride(i) for i, n in enumerate(of))
@@ -222,7 +226,7 @@ def run(
     if D > WIDEST or H % G or q_pos.shape != (B, T):
         raise RuntimeError(f"slot_attention: q {tuple(q.shape)}, q_pos {tuple(q_pos.shape)}, {G} key/value heads, size at most {WIDEST}")
     q, q_pos = q.contiguous(), q_pos.contiguous()
-    k, v, pos, a, b = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (k, v, pos, a, b))
+    k, (v, pos, a, b) = rows_together(k), (t if t is None else rows_together(t) for t in (v, pos, a, b))
     size = blocks(D, q.dtype, R * T)
     tiles = triton.cdiv(R * T, size.M)
     count = splits(heads, tiles, slots)
@@ -236,9 +240,12 @@ def run(
 
     parts = sums(count, count > 1 or not divide)
     out, lse = new(*q.shape, needed=divide, dtype=q.dtype), new(*q.shape[:3], needed=divide)
-    steps = (*strides(k, (B, G, slots)), *strides(v, (B, G, slots)), *strides(pos, (B, G)), *strides(a, (B, G)), *strides(b, (B, G)))
-    if spans is not None:
-        steps = (0, 0, k.stride(0), 0, 0, v.stride(0), *[0] * 6)  # type: ignore[union-attr]
+    if spans is None:
+        rows = (B, G, slots)
+        steps = (*strides(k, rows), *strides(v, rows), *strides(pos, (B, G)), *strides(a, (B, G)), *strides(b, (B, G)))
+    else:
+        assert v is not None
+        steps = (0, 0, k.stride(0), 0, 0, v.stride(0), *[0] * 6)
     launch(
         slot_attention_kernel, (tiles, count, heads), q.device, q, q_pos, k, v, pos, a, b, spans, *parts, out, lse,
         *steps, G, T, R, D, slots, min(window or NONE, NONE), D**-0.5,
@@ -248,7 +255,7 @@ def run(
         whole = sums(1, not divide)
         launch(
             merge_kernel, (heads * R * T,), q.device, *parts, *whole, out, lse, count, R * T, D,
-            SPLITS=SPLITS, BLOCK_D=size.D, num_warps=2,
+            SPLITS=SPLITS, BLOCK_D=size.D, num_warps=2, num_stages=1,
         )  # fmt: skip
         parts = whole
     return [out, lse] if divide else parts
@@ -330,19 +337,18 @@ def slot_parts(q: Tensor, q_pos: Tensor, slots: Any) -> tuple[Tensor, Tensor, Te
 
 def shipped() -> Iterator[Shipped]:
     """Every configuration for heads of 64 to 256: dtypes, tiles, and what is given beside keys."""
-    floats = ("a", "b", "num", "top", "den", "top_b", "lse", "all_num", "all_top", "all_den", "all_top_b", "scale")
-    numbers = "kb kg ks vb vg vs pb pg ab ag bb bg G T R D S window count rows".split()
-    types = (
-        dict.fromkeys(numbers, "i32")
-        | {name: "*fp32" for name in floats}
-        | {"scale": "fp32", "q_pos": "*i64", "pos": "*i32", "spans": "*i32"}
-    )
-    absent = {  # what is None
+    floats = ("a", "b", "num", "top", "den", "top_b", "lse", "all_num", "all_top", "all_den", "all_top_b")
+    numbers = ["kb", "kg", "ks", "vb", "vg", "vs", "pb", "pg", "ab", "ag", "bb", "bg", "G", "T", "R", "D", "S", "window", "count", "rows"]
+    types = dict.fromkeys(numbers, "i32") | dict.fromkeys(floats, "*fp32")
+    types |= {"scale": "fp32", "q_pos": "*i64", "pos": "*i32", "spans": "*i32"}
+    absent = {  # what is None; parts have no output
         "dense": ("a", "b", "spans", "top_b"),
         "dense, a": ("b", "spans", "top_b"),
         "pages": ("b", "top_b"),
-        "dense, a and b": ("spans", "out", "lse"),
-        "dense, a, keys only": ("v", "b", "spans", "num", "top_b", "out", "lse"),
+        "parts": ("a", "b", "spans", "top_b", "out", "lse"),
+        "parts, a": ("b", "spans", "top_b", "out", "lse"),
+        "parts, a and b": ("spans", "out", "lse"),
+        "parts, a, keys only": ("v", "b", "spans", "num", "top_b", "out", "lse"),
     }
     sums = ("all_num", "all_top", "all_den", "all_top_b")
     merged = {"out": ("top_b", *sums), "sums": ("top_b", "all_top_b", "out", "lse"), "sums, a and b": ("out", "lse")}
@@ -358,4 +364,4 @@ def shipped() -> Iterator[Shipped]:
         for name, none in merged.items():
             if name == "out" or dtype == torch.float32:  # sums are always float32
                 sizes = {"SPLITS": SPLITS, "BLOCK_D": D}
-                yield Shipped(merge_kernel, f"{TYPES[dtype]}, D {D}, {name}", given, sizes | dict.fromkeys(none), 2, 1, frozenset("D"))
+                yield Shipped(merge_kernel, f"{TYPES[dtype]}, D {D}, {name}", given, sizes | dict.fromkeys(none), 2, 1, frozenset({"D"}))
