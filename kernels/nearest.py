@@ -3,11 +3,11 @@
     label_i = the lowest j with |x_i - c_j|^2 <= min_j |x_i - c_j|^2 + tie, or -1 where the minimum is above `limit`
     count_j = sum n_i,  weight_j = sum w_i,  keys_j = sum w_i k_i,  values_j = sum w_i v_i        over the i with label j
 
-Squared distances are sums of squared differences in float32, times a scale per dimension where one is given: no |x|^2 + |c|^2 - 2 x.c, whose
-rounding would tell equal points apart.
-Two passes behind one operator. `assign`: a program holds a block of points and goes through the head's centres, skipping blocks of which none
-is alive. `add_up`: a program owns a block of centres and goes through the points in order: it reads labels, and keys and values only of blocks
-where one of its own occurs; a product with the one-hot matrix of labels adds them up. No atomics: the same bits every time.
+Squared distances are sums of squared differences in float32, times a scale per dimension where one is given: not |x|^2 + |c|^2 - 2 x.c,
+whose rounding tells equal points apart. Two passes behind one operator. `assign`: a program holds a block of points and goes through the
+head's centres, skipping blocks of which none is alive. `add_up`: a program owns a block of centres and goes through the points in order:
+it reads labels, and keys and values only of blocks where one of its own occurs; a product with the matrix of (label_i = j) w_i adds them
+up. No atomics: the same bits every time.
 
 Letters: A layers times sequences, G heads, N points of a head, F features of a point, M centres of the head that has most, D head size.
 """
@@ -21,7 +21,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from zoo.kernels import launch
 from zoo.kernels.launch import TYPES, Shipped
 

@@ -18,7 +18,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from zoo.kernels import launch
 from zoo.kernels.launch import TYPES, Shipped, rounded
 
@@ -93,10 +92,10 @@ def rotary_store(
 ) -> Tensor:  # fmt: skip
     """q (B, H, T, D) rotated, contiguous; k, v (B, G, T, D), k rotated, written into rows (B, T) int64 of the store.
 
-    cos, sin (B or 1, 1, T, n) float32; pos (B, T) int64, -1 = padding, which writes nothing. The store is that of SlotStore: k_store, v_store
-    (B, G, S, D) in q's dtype, pos_store (B, G or 1, S) int32; a, mass, spikes (B, G, S) float32 get 0 where they are there. Any strides, but
-    the last dimension (of stores: the last two) lie together. Raises RuntimeError for shapes and dtypes that do not fit, and where Triton
-    cannot run.
+    cos, sin (B or 1, 1, T, n) float32; pos (B, T) int64, -1 = padding, which writes nothing. The store is that of SlotStore: k_store,
+    v_store (B, G, S, D) in q's dtype, pos_store (B, G or 1, S) int32; a, mass, spikes (B, G, S) float32 get 0 where they are there. Any
+    strides, but the last dimension (of stores: the last two) lies in one piece. Raises RuntimeError for shapes and dtypes that do not fit,
+    and where Triton cannot run.
     """
     (B, H, T, D), G, n = q.shape, k.shape[1], cos.shape[-1]
     launch.check(q, k, v, cos, sin, pos, row, k_store, v_store, pos_store, a, mass, spikes)
@@ -144,7 +143,8 @@ def shipped() -> Iterator[Shipped]:
                 sizes, warps = tiling(D, n, T)
                 extra = dict.fromkeys(beside, "*fp32") if full else {}
                 name = f"rotary_store D={D} n={n} {TYPES[dtype]} T={'1' if T == 1 else 'many'}"
-                rows = {x for x in strides if x[:2] in ("q_", "k_", "v_", "ks", "vs") or (x[:5] == "angle" and n % 16 == 0)}  # multiples of D, n
+                of_n = n % 16 == 0  # strides are multiples of D, those of angles of n
+                rows = {x for x in strides if x[:2] in ("q_", "k_", "v_", "ks", "vs") or (x[:5] == "angle" and of_n)}
                 yield Shipped(
                     rotate_and_store, name, {**pointers, **extra, "T": "i32", "H": "i32", "pos_heads": "i32", **strides},
                     {**sizes, **({} if full else dict.fromkeys(beside))}, warps, aligned=frozenset({*pointers, *extra, *rows}),
