@@ -226,7 +226,8 @@ def run(
     if D > WIDEST or H % G or q_pos.shape != (B, T):
         raise RuntimeError(f"slot_attention: q {tuple(q.shape)}, q_pos {tuple(q_pos.shape)}, {G} key/value heads, size at most {WIDEST}")
     q, q_pos = q.contiguous(), q_pos.contiguous()
-    k, (v, pos, a, b) = rows_together(k), (t if t is None else rows_together(t) for t in (v, pos, a, b))
+    k, pos = rows_together(k), rows_together(pos)
+    v, a, b = (None if t is None else rows_together(t) for t in (v, a, b))
     size = blocks(D, q.dtype, R * T)
     tiles = triton.cdiv(R * T, size.M)
     count = splits(heads, tiles, slots)

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from zoo.attention.backends import kernels
 from zoo.attention.budgeted import Budgeted
 from zoo.attention.cache import BLOCK
 from zoo.attention.slots import merge, paged_mass, paged_parts, slot_mass, slot_parts
@@ -74,11 +75,20 @@ class SelectingCache(BudgetedCache):
             return
         q, pos = self.asked[:, 1:].transpose(1, 2), self.asked_pos[:, 1:]
         tail, settled = self.store.read(self.window), self.read_settled()
-        whole = merge(slot_parts(q, pos, tail), paged_parts(q, pos, settled))
+        if (kernel := kernels(self.backend, q, tail.k.shape[1])) is not None:
+            answers = kernel.slot_attention(q, pos, tail), kernel.page_attention(q, pos, settled, self.spans)
+            lse, weight = torch.logaddexp(answers[0][1], answers[1][1]), (pos >= 0).float()
+            mass, settled_mass = (
+                kernel.slot_mass(q, pos, tail, lse, weight)[0],
+                kernel.page_mass(q, pos, settled, self.spans, lse, weight)[0],
+            )
+        else:
+            whole = merge(slot_parts(q, pos, tail), paged_parts(q, pos, settled))
+            mass, settled_mass = slot_mass(q, pos, tail, whole), paged_mass(q, pos, settled, whole)
         assert self.store.mass is not None
         assert self.mass is not None
-        self.store.mass.copy_(slot_mass(q, pos, tail, whole))  # in place: a compiled step knows how these tensors lie
-        self.mass.copy_(paged_mass(q, pos, settled, whole))
+        self.store.mass.copy_(mass)  # in place: a compiled step knows how these tensors lie
+        self.mass.copy_(settled_mass)
         self.pages.get_buffer("mass").zero_()
 
     @classmethod

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.attention.backends import attention, covered, cpp_parts
+from zoo.attention.backends import Kernels, as_parts, attention, kernels
 from zoo.attention.cache import Cache, round_up
 from zoo.attention.slots import (
     PAGE,
@@ -89,18 +89,16 @@ class BudgetedCache(Cache):
         """The output for queries whose keys have been written."""
         tail = self.store.read(self.window)
         heads = tail.k.shape[1]
-        kernel = self.backend == "cpp" and covered(q, heads)
-        fused = kernel or (not torch.compiler.is_compiling() and q.device.type == "cpu" and self.backend != "eager")
+        kernel = kernels(self.backend, q, heads)
+        fused = kernel is not None or (not torch.compiler.is_compiling() and q.device.type == "cpu" and self.backend != "eager")
         some = torch.compiler.is_compiling() or any(self.pages.count[self.index])  # a compiled step always asks for both
         observing = self.method.observes > 0 and self.store.mass is not None
         if not some and not observing:
             return attention(q, pos, tail, self.backend)
-        settled = self.read_settled(looped=fused and not kernel)
-        if kernel:
-            from zoo.kernels import cpu
-
-            whole = cpp_parts(cpu.slot_attention(q, pos, tail), heads)
-            whole = blend(whole, cpp_parts(cpu.page_attention(q, pos, settled, self.spans), heads)) if some else whole
+        settled = self.read_settled(looped=fused and kernel is None)
+        if kernel is not None:
+            whole = as_parts(kernel.slot_attention(q, pos, tail), heads)
+            whole = blend(whole, as_parts(kernel.page_attention(q, pos, settled, self.spans), heads)) if some else whole
         elif fused:
             whole = flash_slots(q, pos, tail)
             whole = blend(whole, flash_pages(q, pos, settled)) if some else whole
@@ -117,7 +115,7 @@ class BudgetedCache(Cache):
         views = p.views(self.index) if looped and not torch.compiler.is_compiling() else ()
         return PagedSlots(p.k, p.v, p.pos, p.a, self.listed, self.owner, self.table, (), views, self.window)
 
-    def observe(self, q: Tensor, pos: Tensor, whole: Parts, tail: Slots, settled: PagedSlots | None, kernel: bool) -> None:
+    def observe(self, q: Tensor, pos: Tensor, whole: Parts, tail: Slots, settled: PagedSlots | None, kernel: Kernels | None) -> None:
         """Add up the attention that slots get, to the method's `powers`: from all queries of a prompt, and later from every `observes`-th
         one by position, which then stands for as many. Never more than the queries of one call x slots."""
         every = 1 if self.prompt_open else self.method.observes
@@ -130,14 +128,12 @@ class BudgetedCache(Cache):
             q, pos, counts = q[:, :, columns], pos[:, columns], counts[:, columns]
             whole = Parts(*(x[:, :, :, columns] for x in whole))
         weight, powers = counts * every, self.method.powers
-        if kernel:
-            from zoo.kernels import cpu
-
+        if kernel is not None:
             weight, lse = weight.float(), whole.max_den.flatten(1, 2)
-            sums = cpu.slot_mass(q, pos, tail, lse, weight)
-            settled_sums = None if settled is None else cpu.page_mass(q, pos, settled, self.spans, lse, weight)
+            new = kernel.slot_mass(q, pos, tail, lse, weight)
+            settled_sums = None if settled is None else kernel.page_mass(q, pos, settled, self.spans, lse, weight)
             for name, power in powers.items():
-                getattr(self.store, name).add_(sums[power - 1])
+                getattr(self.store, name).add_(new[power - 1])
                 mine = getattr(self, name)
                 if settled_sums is not None and mine is not None:
                     mine.add_(settled_sums[power - 1])
@@ -146,8 +142,8 @@ class BudgetedCache(Cache):
             sums = chunk_mass(q, pos, tail, whole, tuple(powers.values()))
         else:
             sums = [slot_mass(q, pos, tail, whole, weight, power) for power in powers.values()]
-        for (name, power), new in zip(powers.items(), sums, strict=True):
-            getattr(self.store, name).add_(new)
+        for (name, power), total in zip(powers.items(), sums, strict=True):
+            getattr(self.store, name).add_(total)
             mine = getattr(self, name)
             if settled is not None and mine is not None:
                 mine.add_(paged_mass(q, pos, settled, whole, weight, power))
