@@ -22,8 +22,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from zoo.kernels.launch import TYPES, Shipped, check, dot, launch
-from zoo.kernels.slot_attention import NONE, PAGE, WIDEST, op, rows_together, strides
+from zoo.kernels.launch import TYPES, Shipped, check, dot, launch, op
+from zoo.kernels.slot_attention import NONE, PAGE, WIDEST, rows_together, strides
 
 
 class Blocks(NamedTuple):
@@ -142,14 +142,14 @@ def run(
     return mass, squares
 
 
-@op("slot_mass")
+@op("slot_mass_triton")
 def _slot_mass(
     q: Tensor, q_pos: Tensor, k: Tensor, pos: Tensor, a: Tensor | None, lse: Tensor, weight: Tensor, window: int
 ) -> tuple[Tensor, Tensor]:
     return run(q, q_pos, k, pos, a, None, None, k.shape[0] * k.shape[1], lse, weight, window)
 
 
-@op("page_mass")
+@op("page_mass_triton")
 def _page_mass(
     q: Tensor, q_pos: Tensor, k: Tensor, pos: Tensor, a: Tensor, pages: Tensor, owner: Tensor, heads: int, lse: Tensor, weight: Tensor,
     window: int,

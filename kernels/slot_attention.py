@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from zoo.kernels.launch import TYPES, Shipped, check, dot, launch, rounded
+from zoo.kernels.launch import TYPES, Shipped, check, dot, launch, op, rounded
 
 PAGE = 32  # rows of a page, as in zoo/attention/slots.py
 WIDEST = 256  # head size
@@ -46,9 +46,9 @@ class Blocks(NamedTuple):
 def blocks(head_dim: int, dtype: torch.dtype, rows: int) -> Blocks:
     """The configuration for T H / G rows."""
     D, wide = max(64, triton.next_power_of_2(head_dim)), dtype == torch.float32
-    M = 16 if rows <= 16 else 32 if rows <= 32 or wide or D == 256 else 128
+    M = 16 if rows <= 16 or (wide and D == 256) else 32 if rows <= 32 or wide or D == 256 else 128
     N = 16 if wide or M * D == 128 * 128 else 64 if M * D == 16 * 64 else 32  # as many as spill no register
-    return Blocks(M, N, D, 8 if M * D * dtype.itemsize >= 2**14 else 4)
+    return Blocks(M, N, D, 8 if (2048 if wide else 8192) <= M * D else 4)
 
 
 def splits(heads: int, tiles: int, slots: int) -> int:
@@ -262,12 +262,7 @@ def run(
     return [out, lse] if divide else parts
 
 
-def op(name: str) -> Any:
-    """An operator that takes a cache as it lies: without the tag a compiled step copies keys and values before each call."""
-    return torch.library.custom_op(f"zoo::{name}_triton", mutates_args=(), tags=(torch.Tag.flexible_layout,))
-
-
-@op("slot_attention")
+@op("slot_attention_triton")
 def _slot_attention(q: Tensor, q_pos: Tensor, k: Tensor, v: Tensor, pos: Tensor, a: Tensor | None, window: int) -> tuple[Tensor, Tensor]:
     out, lse = run(q, q_pos, k, v, pos, a, None, None, k.shape[2], window, divide=True)
     assert out is not None
@@ -275,7 +270,7 @@ def _slot_attention(q: Tensor, q_pos: Tensor, k: Tensor, v: Tensor, pos: Tensor,
     return out, lse
 
 
-@op("page_attention")
+@op("page_attention_triton")
 def _page_attention(
     q: Tensor, q_pos: Tensor, k: Tensor, v: Tensor, pos: Tensor, a: Tensor, spans: Tensor, longest: int, window: int
 ) -> tuple[Tensor, Tensor]:
@@ -286,7 +281,7 @@ def _page_attention(
     return out, lse
 
 
-@op("slot_parts")
+@op("slot_parts_triton")
 def _slot_parts(
     q: Tensor, q_pos: Tensor, k: Tensor, v: Tensor | None, pos: Tensor, a: Tensor | None, b: Tensor | None, window: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
