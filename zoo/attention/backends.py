@@ -1,7 +1,7 @@
 """How attention over slots is computed: one table, one choice.
 
     eager   the formula (slots.py)      sdpa   PyTorch's fused kernel      cpp   the CPU kernels (kernels/cpu.py)
-    triton  the GPU kernels (kernels/slot_attention.py, column_mass.py)
+    triton  the GPU kernels (kernels/slot_attention.py, column_mass.py)      flex   PyTorch's FlexAttention (flex.py)
 
 A new form is a function with the signature of `slot_attention`, an entry of BACKENDS, and a line in `choose` that says when
 `auto` takes it. One that has kernels for pages and for masses, too, names them in `kernels`.
@@ -56,6 +56,13 @@ def triton(q: Tensor, q_pos: Tensor, slots: Slots) -> Tensor:
     return gpu.slot_attention(q, q_pos, slots)[0]
 
 
+def flex(q: Tensor, q_pos: Tensor, slots: Slots) -> Tensor:
+    """`slot_attention` through FlexAttention."""
+    from zoo.attention import flex
+
+    return flex.flex(q, q_pos, slots)
+
+
 def triton_parts(q: Tensor, q_pos: Tensor, slots: Slots) -> Parts:
     """`slot_parts` by the GPU kernels."""
     from zoo.kernels import slot_attention as gpu
@@ -92,6 +99,10 @@ def kernels(backend: str, q: Tensor, heads: int) -> Kernels | None:
         from zoo.kernels import slot_attention as gpu
 
         return Kernels(gpu.slot_attention, gpu.page_attention, column_mass.slot_mass, column_mass.page_mass)
+    if backend == "flex" and q.device.type == "cuda":  # on CPUs it gives no log-sum-exp, which parts are merged by
+        from zoo.attention import flex
+
+        return Kernels(flex.flex_slots, flex.flex_pages, flex.flex_mass, flex.flex_page_mass)
     return None
 
 
@@ -103,16 +114,19 @@ def as_parts(answer: tuple[Tensor, Tensor], heads: int) -> Parts:
     return Parts(out.to(lse.dtype).view(B, heads, H // heads, T, D), lse, (lse > -torch.inf).to(lse.dtype), lse)
 
 
-BACKENDS: dict[str, Any] = {"eager": slot_attention, "sdpa": sdpa, "cpp": cpp, "triton": triton}
+BACKENDS: dict[str, Any] = {"eager": slot_attention, "sdpa": sdpa, "cpp": cpp, "triton": triton, "flex": flex}
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """The backend by name. `auto`, on a CPU: its kernels, where they can be built and are made for such heads. On a GPU: Triton, where it
-    is installed and the device has what the kernels are compiled for; else SDPA. Raises ZooError where a named one cannot be used."""
+    is installed and the device has what the kernels are compiled for; else FlexAttention, and SDPA without Triton, which that needs. Raises
+    ZooError where a named one cannot be used."""
     if backend == "triton" and (why := no_triton(device, dtype, head_dim)):
         raise ZooError(f"backend 'triton' cannot be used: {why}")
     if backend == "auto" and device.type == "cuda":
-        return "sdpa" if no_triton(device, dtype, head_dim) else "triton"
+        if no_triton(device, dtype, head_dim):
+            return "sdpa" if importlib.util.find_spec("triton") is None else "flex"
+        return "triton"
     if backend not in ("auto", "cpp"):
         return backend
     from zoo.kernels import cpu
