@@ -21,6 +21,7 @@ from conftest import write_checkpoint
 from torch import Tensor
 
 import zoo
+from zoo.models import layers
 from zoo.models.layers import Rope, Rotary, turn
 
 TOLERANCE = 1e-4  # of a float32 logit, where logits have a standard deviation of about 2; rounding was seen to reach half of it
@@ -142,7 +143,7 @@ def interleaved(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def turned(function: Turn) -> Mutant:
-    return lambda patch, lm: patch.setattr(file_of(lm), "turn", function)
+    return lambda patch, lm: patch.setattr(layers, "turn", function)
 
 
 def attends(attend: Callable[[Any, Tensor, Tensor, Tensor, Tensor], Tensor]) -> Mutant:

@@ -1,20 +1,23 @@
 """How attention over slots is computed: one table, one choice.
 
     eager   the formula (slots.py)      sdpa   PyTorch's fused kernel      cpp   the CPU kernels (kernels/cpu.py)
+    triton  the GPU kernels (kernels/slot_attention.py, column_mass.py)      flex   PyTorch's FlexAttention (flex.py)
 
 A new form is a function with the signature of `slot_attention`, an entry of BACKENDS, and a line in `choose` that says when
-`auto` takes it.
+`auto` takes it. One that has kernels for pages and for masses, too, names them in `kernels`.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+import importlib.util
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from zoo.attention.slots import Slots, sdpa, slot_attention
+from zoo.attention.slots import PagedSlots, Parts, Slots, blend, finish, sdpa, slot_attention, slot_parts
 from zoo.errors import ZooError
 from zoo.folders import cache_folder
 
@@ -44,11 +47,108 @@ def kernels_ready() -> bool:
     return cpu.ready(cache_folder() / "kernels")
 
 
-BACKENDS: dict[str, Any] = {"eager": slot_attention, "sdpa": sdpa, "cpp": cpp}
+def triton(q: Tensor, q_pos: Tensor, slots: Slots) -> Tensor:
+    """`slot_attention` by the GPU kernels."""
+    if slots.b is not None:
+        return finish(triton_parts(q, q_pos, slots), q.dtype)
+    from zoo.kernels import slot_attention as gpu
+
+    return gpu.slot_attention(q, q_pos, slots)[0]
+
+
+def flex(q: Tensor, q_pos: Tensor, slots: Slots) -> Tensor:
+    """`slot_attention` through FlexAttention."""
+    from zoo.attention import flex
+
+    return flex.flex(q, q_pos, slots)
+
+
+def triton_parts(q: Tensor, q_pos: Tensor, slots: Slots) -> Parts:
+    """`slot_parts` by the GPU kernels."""
+    from zoo.kernels import slot_attention as gpu
+
+    num, top, den, top_b = gpu.slot_parts(q, q_pos, slots)
+    B, H, T, width = num.shape
+    G = slots.k.shape[1]
+    top, den, top_b = (x.view(B, G, H // G, T) for x in (top, den, top_b))
+    return Parts(num.view(B, G, H // G, T, width), top, den, top_b)
+
+
+def parts(q: Tensor, q_pos: Tensor, slots: Slots, backend: str) -> Parts:
+    """`slot_parts`, by the kernels of a backend that has some for it."""
+    return (triton_parts if backend == "triton" else slot_parts)(q, q_pos, slots)
+
+
+class Kernels(NamedTuple):
+    """Attention over a dense store and pages beside it in one softmax, with the signatures of kernels/cpu.py."""
+
+    attention: Callable[..., tuple[Tensor, Tensor]]
+    attention_and_mass: Callable[..., tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]
+
+
+def kernels(backend: str, q: Tensor, heads: int) -> Kernels | None:
+    """Those of a backend, or None where it has none for queries (B, H, T, D) on this many key/value heads."""
+    if backend == "cpp" and covered(q, heads):
+        from zoo.kernels import cpu
+
+        return Kernels(cpu.attention, cpu.attention_and_mass)
+    if backend == "triton":
+        from zoo.kernels import column_mass
+        from zoo.kernels import slot_attention as gpu
+
+        return composed(gpu.slot_attention, gpu.page_attention, column_mass.slot_mass, column_mass.page_mass)
+    if backend == "flex" and q.device.type == "cuda":  # on CPUs it gives no log-sum-exp, which parts are merged by
+        from zoo.attention import flex
+
+        return composed(flex.flex_slots, flex.flex_pages, flex.flex_mass, flex.flex_page_mass)
+    return None
+
+
+def composed(
+    of_slots: Callable[..., tuple[Tensor, Tensor]],
+    of_pages: Callable[..., tuple[Tensor, Tensor]],
+    slot_mass: Callable[..., tuple[Tensor, Tensor]],
+    page_mass: Callable[..., tuple[Tensor, Tensor]],
+) -> Kernels:
+    """From kernels for a store and for pages, each with a log-sum-exp by which they are merged."""
+
+    def both(q: Tensor, q_pos: Tensor, slots: Slots, pages: PagedSlots | None, spans: Tensor) -> tuple[Tensor, Tensor]:
+        answer = of_slots(q, q_pos, slots)
+        if pages is None:
+            return answer
+        heads = slots.k.shape[1]
+        whole = blend(as_parts(answer, heads), as_parts(of_pages(q, q_pos, pages, spans), heads))
+        return whole.num.view(q.shape).to(q.dtype), whole.max_den.flatten(1, 2)
+
+    def with_mass(q: Tensor, q_pos: Tensor, slots: Slots, pages: PagedSlots | None, spans: Tensor, weight: Tensor) -> Any:
+        out, lse = both(q, q_pos, slots, pages, spans)
+        none = (lse.new_zeros(0), lse.new_zeros(0))
+        return out, slot_mass(q, q_pos, slots, lse, weight), none if pages is None else page_mass(q, q_pos, pages, spans, lse, weight)
+
+    return Kernels(both, with_mass)
+
+
+def as_parts(answer: tuple[Tensor, Tensor], heads: int) -> Parts:
+    """What attention kernels return, as Parts whose num is the output and whose maxima are its log-sum-exp: for `blend`."""
+    out, lse = answer
+    B, H, T, D = out.shape
+    lse = lse.view(B, heads, H // heads, T)
+    return Parts(out.to(lse.dtype).view(B, heads, H // heads, T, D), lse, (lse > -torch.inf).to(lse.dtype), lse)
+
+
+BACKENDS: dict[str, Any] = {"eager": slot_attention, "sdpa": sdpa, "cpp": cpp, "triton": triton, "flex": flex}
 
 
 def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The backend by name; for `auto` the CPU kernels, where they can be built and are made for such heads."""
+    """The backend by name. `auto`, on a CPU: its kernels, where they can be built and are made for such heads. On a GPU: Triton, where it
+    is installed and the device has what the kernels are compiled for; else FlexAttention, and SDPA without Triton, which that needs. Raises
+    ZooError where a named one cannot be used."""
+    if backend == "triton" and (why := no_triton(device, dtype, head_dim)):
+        raise ZooError(f"backend 'triton' cannot be used: {why}")
+    if backend == "auto" and device.type == "cuda":
+        if no_triton(device, dtype, head_dim):
+            return "sdpa" if importlib.util.find_spec("triton") is None else "flex"
+        return "triton"
     if backend not in ("auto", "cpp"):
         return backend
     from zoo.kernels import cpu
@@ -63,6 +163,22 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int
             f"backend 'cpp' is made for float32 or bfloat16 on a CPU, and heads of a multiple of 16; here: {dtype} on {device}, {head_dim}"
         )
     return "auto"
+
+
+def no_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the GPU kernels cannot be used here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    from zoo.kernels.launch import INTERPRETED
+    from zoo.kernels.slot_attention import WIDEST
+
+    if device.type != "cuda" and not INTERPRETED:
+        return f"its kernels run on GPUs, not on {device}; TRITON_INTERPRET=1 runs them on a CPU, for tests"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "its kernels are compiled for compute capability 8.0 and newer"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16) or head_dim > WIDEST:
+        return f"its kernels are made for float32, bfloat16 and float16, and heads of at most {WIDEST}; here: {dtype}, {head_dim}"
+    return None
 
 
 def attention(q: Tensor, q_pos: Tensor, slots: Slots, backend: str = "auto") -> Tensor:

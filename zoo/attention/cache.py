@@ -69,6 +69,22 @@ class Cache(nn.Module):
         """q (B, H, T, D), k, v (B, G, T, D), rotated, at pos (B, T) -> out (B, H, T, D). New tokens see the cache, and each other
         causally."""
         self.store.append(self.row(pos), k, v, pos)
+        return self.respond(q, pos)
+
+    def rotates(self, tokens: int) -> bool:
+        """Whether `attend_rotating` takes calls of this many tokens. A method with an `attend` of its own gets them rotated."""
+        return self.backend == "triton" and type(self).attend is Cache.attend
+
+    def attend_rotating(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """`attend` of q and k before the rotary embedding, whose cos and sin are (B, 1, T, n): one kernel rotates and writes."""
+        from zoo.kernels.rotary_store import rotary_store
+
+        s = self.store
+        q = rotary_store(q, k, v, cos, sin, pos, self.row(pos), s.k, s.v, s.pos, s.a, s.mass, s.spikes)
+        return self.respond(q, pos)
+
+    def respond(self, q: Tensor, pos: Tensor) -> Tensor:
+        """What `attend` returns, once the new tokens have been written."""
         return attention(q, pos, self.read(), self.backend)
 
     def read(self) -> Slots:

@@ -1,7 +1,7 @@
 """Clustering as SubGen needs it: many heads at once, each with its own number of clusters, and no loop over points.
 
 Letters: B batch, G heads, N points of a head, F features of a point, M clusters of the head that has most. Points that are not alive take
-part in nothing. Numbers of clusters are tensors (B, G).
+part in nothing. Numbers of clusters are tensors (B, G). kernel: distances by the Triton kernel (kernels/nearest.py).
 
     coverage    centres that leave no point far from one: greedy farthest point, many at a time
     cover       as many of them as a given radius takes
@@ -34,8 +34,8 @@ def principal(x: Tensor, alive: Tensor, size: int) -> Tensor:
 class Centres:
     """Centres chosen so far; for each point its nearest centre, and the squared distance to it."""
 
-    def __init__(self, x: Tensor, alive: Tensor) -> None:
-        self.x, self.square = x, x.square().sum(-1)
+    def __init__(self, x: Tensor, alive: Tensor, kernel: bool = False) -> None:
+        self.x, self.square, self.alive, self.kernel = x, x.square().sum(-1), alive, kernel
         self.tie = TIE * (self.square * alive).amax(-1, keepdim=True)
         self.dist = torch.where(alive, torch.inf, -torch.inf)  # -inf also marks a centre: it is never chosen again
         self.label = torch.full(alive.shape, -1, dtype=torch.int64, device=x.device)
@@ -59,10 +59,15 @@ class Centres:
         """Open centres at points picks (B, G, C) where valid (B, G, C); valid ones come first. Points join the nearest."""
         centres, square = row(self.x, picks), self.square.gather(2, picks)
         B, G, N, F = self.x.shape
-        square = torch.where(valid, square, torch.inf)
-        d = torch.baddbmm(square.view(B * G, 1, -1), self.x.reshape(B * G, N, F), centres.view(B * G, -1, F).mT, alpha=-2)
-        best, which = d.view(B, G, N, -1).min(-1)
-        best = (best + self.square).clamp(min=0)
+        if self.kernel:
+            from zoo.kernels.nearest import nearest
+
+            which, best, *_ = nearest(self.x.contiguous(), centres, self.alive.contiguous(), valid.contiguous())
+        else:
+            square = torch.where(valid, square, torch.inf)
+            d = torch.baddbmm(square.view(B * G, 1, -1), self.x.reshape(B * G, N, F), centres.view(B * G, -1, F).mT, alpha=-2)
+            best, which = d.view(B, G, N, -1).min(-1)
+            best = (best + self.square).clamp(min=0)
         best = torch.where(best > self.tie, best, 0.0)
         better = best + self.tie < self.dist
         self.label = torch.where(better, which + self.used[..., None], self.label)
@@ -91,10 +96,10 @@ class Centres:
         self.add(index.gather(2, order), (rank[: order.shape[2]] < want[..., None]) & good.gather(2, order))
 
 
-def coverage(x: Tensor, alive: Tensor, clusters: Tensor, first: Tensor, starts: Tensor) -> Tensor:
+def coverage(x: Tensor, alive: Tensor, clusters: Tensor, first: Tensor, starts: Tensor, kernel: bool = False) -> Tensor:
     """Labels (B, G, N) int64 from 0, -1 where not alive: each point's nearest of `clusters` (B, G) centres. starts (B, G) of them are the
     points of largest `first` (B, G, N), the others far ones. With no more points than clusters each is its own."""
-    c = Centres(x, alive)
+    c = Centres(x, alive, kernel)
     if int(clusters.max()) < 1:
         return c.label
     starts = torch.minimum(starts.clamp(min=1), clusters)
@@ -110,10 +115,10 @@ def coverage(x: Tensor, alive: Tensor, clusters: Tensor, first: Tensor, starts: 
     return torch.where(alive, c.label, -1)
 
 
-def cover(x: Tensor, alive: Tensor, radius: float, most: Tensor) -> tuple[Tensor, Tensor]:
+def cover(x: Tensor, alive: Tensor, radius: float, most: Tensor, kernel: bool = False) -> tuple[Tensor, Tensor]:
     """As many centres as it takes to have no point farther than `radius` from one, but no more than most (B, G): labels (B, G, N) from 0,
     -1 where not alive, and the numbers of centres (B, G)."""
-    c = Centres(x, alive)
+    c = Centres(x, alive, kernel)
     picks = alive.to(torch.uint8).argmax(-1, keepdim=True)
     c.add(picks, alive.gather(2, picks) & (most > 0)[..., None])
     while True:
@@ -124,10 +129,10 @@ def cover(x: Tensor, alive: Tensor, radius: float, most: Tensor) -> tuple[Tensor
         c.spread(want, radius)
 
 
-def radii(x: Tensor, alive: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+def radii(x: Tensor, alive: Tensor, most: Tensor, kernel: bool = False) -> tuple[Tensor, Tensor]:
     """How far the farthest point is from 1, 9, 17, ... centres, growing by two fifths a time, up to most (B, G): (centres (B, G, K) float,
     radii (B, G, K))."""
-    c = Centres(x, alive)
+    c = Centres(x, alive, kernel)
     picks = alive.to(torch.uint8).argmax(-1, keepdim=True)
     c.add(picks, alive.gather(2, picks))
     counts, found = [], []
@@ -140,10 +145,10 @@ def radii(x: Tensor, alive: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
         c.spread(want)
 
 
-def k_center(x: Tensor, alive: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+def k_center(x: Tensor, alive: Tensor, most: Tensor, kernel: bool = False) -> tuple[Tensor, Tensor]:
     """Greedy k-center to the letter: open a centre at the point farthest from all centres so far, the first alive one to begin with, until
     there are most (B, G). -> the centres' points (B, G, M), -1 beyond a head's own number, and labels (B, G, N), -1 where not alive."""
-    c = Centres(x, alive)
+    c = Centres(x, alive, kernel)
     picks = []
     for step in range(min(int(most.max()), x.shape[2])):
         if step == 0:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from zoo.attention.backends import kernels
 from zoo.attention.budgeted import Budgeted
 from zoo.attention.cache import BLOCK
 from zoo.attention.slots import merge, paged_mass, paged_parts, slot_mass, slot_parts
@@ -58,7 +59,7 @@ class SelectingCache(BudgetedCache):
         self.register_buffer("asked", k.new_zeros(len(k), rows * keep, heads, size))
         self.register_buffer("asked_pos", torch.full((len(k), rows * keep), -1, dtype=torch.int64, device=k.device))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
+    def respond(self, q: Tensor, pos: Tensor) -> Tensor:
         if self.asked.shape[1]:
             W = self.method.queries
             pos_kept = torch.where(pos > pos.amax(1, keepdim=True) - W, pos, -1)
@@ -66,7 +67,7 @@ class SelectingCache(BudgetedCache):
             b = torch.arange(len(pos), device=pos.device)[:, None]
             self.asked.index_put_((b, row), q.transpose(1, 2))
             self.asked_pos.index_put_((b, row), pos_kept)
-        return super().attend(q, k, v, pos)
+        return super().respond(q, pos)
 
     def prepare(self, which: Tensor) -> None:
         """`mass`: the attention that the last queries give to each slot, tail and settled."""
@@ -74,11 +75,15 @@ class SelectingCache(BudgetedCache):
             return
         q, pos = self.asked[:, 1:].transpose(1, 2), self.asked_pos[:, 1:]
         tail, settled = self.store.read(self.window), self.read_settled()
-        whole = merge(slot_parts(q, pos, tail), paged_parts(q, pos, settled))
+        if (kernel := kernels(self.backend, q, tail.k.shape[1])) is not None:
+            _, (mass, _), (settled_mass, _) = kernel.attention_and_mass(q, pos, tail, settled, self.spans, (pos >= 0).float())
+        else:
+            whole = merge(slot_parts(q, pos, tail), paged_parts(q, pos, settled))
+            mass, settled_mass = slot_mass(q, pos, tail, whole), paged_mass(q, pos, settled, whole)
         assert self.store.mass is not None
         assert self.mass is not None
-        self.store.mass.copy_(slot_mass(q, pos, tail, whole))  # in place: a compiled step knows how these tensors lie
-        self.mass.copy_(paged_mass(q, pos, settled, whole))
+        self.store.mass.copy_(mass)  # in place: a compiled step knows how these tensors lie
+        self.mass.copy_(settled_mass)
         self.pages.get_buffer("mass").zero_()
 
     @classmethod

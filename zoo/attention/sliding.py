@@ -37,6 +37,9 @@ class SlidingCache(FullCache):
         room = super().reserve(ends.clamp(max=self.window), most)
         return torch.where(room >= self.window, 2**62, room)
 
+    def rotates(self, tokens: int) -> bool:
+        return tokens == 1 and self.backend == "triton" and type(self).attend is SlidingCache.attend
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
         if k.shape[2] == 1:  # the row it takes over is just leaving the window
             return super().attend(q, k, v, pos)

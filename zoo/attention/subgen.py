@@ -137,10 +137,10 @@ class SubGenCache(BudgetedCache):
             for name in self.method.powers:
                 setattr(self.store, name, torch.zeros(k.shape[:3], device=k.device) if on else None)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
+    def respond(self, q: Tensor, pos: Tensor) -> Tensor:
         if self.prompt_open and not torch.compiler.is_compiling() and self.queries.learning:
             self.queries.learn(q, pos)
-        return super().attend(q, k, v, pos)
+        return super().respond(q, pos)
 
     def begin_prompt(self, seen: Tensor) -> None:
         self.queries.forget(False)
@@ -270,7 +270,7 @@ class SubGenCaches(BudgetedCaches):
             middle = torch.cat((old["middle"].round().long(), pos[:, index].repeat(A, 1)[:, None].expand(shape)), 2)
             x = unrotated(layers[0], k, middle)
             x = x @ principal(x, alive, min(FEATURES, x.shape[3]))
-            counts, found = radii(x, alive, most.repeat(A)[:, None].expand(k.shape[:2]))
+            counts, found = radii(x, alive, most.repeat(A)[:, None].expand(k.shape[:2]), layers[0].backend == "triton")
             counts = counts * step.repeat(A)[:, None, None]
             each = zip(counts.unflatten(0, (A, -1)), found.unflatten(0, (A, -1)), strict=True)
             out |= {cache.index: pair for cache, pair in zip(layers, each, strict=True)}
@@ -286,7 +286,7 @@ class SubGenCaches(BudgetedCaches):
             slots = candidates([cache], self.tokens_seen, which)
             alive = (slots["pos"] >= 0) & which[:, None, None]
             tokens = alive.sum(-1)
-            _, clusters = cover(Maker([cache]).points(slots, alive), alive, self.method.delta, tokens)
+            _, clusters = cover(Maker([cache]).points(slots, alive), alive, self.method.delta, tokens, cache.backend == "triton")
             rows = torch.minimum(SINKS + (clusters / (1 - HEAVY)).long(), tokens).clamp(min=1)
             share[cache.index] = torch.where(which[:, None], ((rows + PAGE - 1) // PAGE).to(share.dtype), share[cache.index])
         return share

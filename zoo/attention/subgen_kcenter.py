@@ -46,7 +46,7 @@ class KCenterCache(SelectingCache):
 
     def compress(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, which: Tensor) -> dict[str, Tensor]:
         alive = slots["pos"] >= 0
-        picks, label = k_center(slots["k"].float(), alive, room)
+        picks, label = k_center(slots["k"].float(), alive, room, self.backend == "triton")
         at = picks.clamp(min=0)
         kept = {name: t.gather(2, at) if t.dim() == 3 else row(t, at) for name, t in slots.items()}
         kept["pos"] = torch.where(picks >= 0, kept["pos"], -1)

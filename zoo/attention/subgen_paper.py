@@ -42,8 +42,9 @@ import torch
 from torch import Tensor
 
 from zoo import random
+from zoo.attention.backends import parts
 from zoo.attention.cache import BLOCK, Attention, Cache, Caches
-from zoo.attention.slots import Parts, Slots, finish, merge, slot_parts
+from zoo.attention.slots import Parts, Slots, finish, merge
 from zoo.attention.store import SlotStore
 from zoo.errors import ZooError
 
@@ -108,16 +109,16 @@ class SubGenPaperCache(Cache):
     def reserve(self, ends: Tensor, most: int | None) -> Tensor:
         return torch.full_like(ends, 2**62)  # clusters make their room when they open
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
+    def respond(self, q: Tensor, pos: Tensor) -> Tensor:
         if self.backend == "sdpa":
             raise ZooError("backend 'sdpa' cannot weigh numerator and denominator apart, as subgen_paper does; use backend 'eager'")
-        self.store.append(self.row(pos), k, v, pos)
-        z = slot_parts(q, pos, self.values.read(self.window))
+        z = parts(q, pos, self.values.read(self.window), self.backend)
         z = z._replace(den=torch.zeros_like(z.den), max_den=torch.full_like(z.max_den, -torch.inf))
         keys = self.sample.flatten(2, 3)
-        tau = slot_parts(q, pos, Slots(keys, keys[..., :0], self.sample_pos.flatten(2), self.b(), window=self.window))
+        samples = Slots(keys, keys[..., :0], self.sample_pos.flatten(2), self.b(), window=self.window)
+        tau = parts(q, pos, samples, self.backend)
         tau = Parts(torch.zeros_like(z.num), torch.full_like(tau.max_num, -torch.inf), tau.den, tau.max_den)
-        return finish(merge(slot_parts(q, pos, self.store.read(self.window)), merge(z, tau)), q.dtype)
+        return finish(merge(parts(q, pos, self.store.read(self.window), self.backend), merge(z, tau)), q.dtype)
 
     def b(self) -> Tensor:
         """(B, G, M t) float32: the denominator log-weights of all samples."""
@@ -138,19 +139,28 @@ class SubGenPaperCache(Cache):
     def update_softmax_normalizer(self, k: Tensor, pos: Tensor, u: Tensor) -> None:
         """Put keys k (B, G, N, D) at pos (B, N), -1 = none, into clusters one by one, and into their samples as u (B, G, N, t) says."""
         B, G, N, _ = k.shape
-        M, live = self.count.shape[2], (pos >= 0)[:, None]  # (B, 1, N)
-        x = k.to(self.mu.dtype)
-        space = torch.cdist(x, torch.cat((self.leader.to(x.dtype), x), 2), compute_mode="donot_use_mm_for_euclid_dist")
-        leads = torch.cat((self.count > 0, torch.zeros(B, G, N, dtype=torch.bool, device=k.device)), 2)  # (B, G, M + N)
+        M, live, held = self.count.shape[2], (pos >= 0)[:, None], self.count > 0  # live (B, 1, N)
+        x, leaders = k.to(self.mu.dtype), self.leader.to(self.mu.dtype)
+        if self.backend == "triton":  # of the clusters that are there, only each key's nearest comes into question
+            from zoo.kernels.nearest import nearest
+
+            label, dist, *_ = nearest(x.contiguous(), leaders, live.expand(B, G, N).contiguous(), held)
+            space = torch.cat((dist.sqrt()[..., None], torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")), 3)
+            held = held.any(-1, keepdim=True)
+        else:
+            space = torch.cdist(x, torch.cat((leaders, x), 2), compute_mode="donot_use_mm_for_euclid_dist")
+        old = held.shape[2]
+        leads = torch.cat((held, torch.zeros(B, G, N, dtype=torch.bool, device=k.device)), 2)  # (B, G, old + N)
         home = torch.zeros(B, G, N, dtype=torch.int64, device=k.device)  # which of those each key belongs to
         for i in range(N):
             nearest, which = space[:, :, i].masked_fill(~leads, torch.inf).min(-1)
             joins = nearest <= self.method.delta
-            home[:, :, i] = torch.where(joins, which, M + i)
-            leads[:, :, M + i] = ~joins & live[:, :, i]
-        opens = leads[:, :, M:]
+            home[:, :, i] = torch.where(joins, which, old + i)
+            leads[:, :, old + i] = ~joins & live[:, :, i]
+        opens = leads[:, :, old:]
         new = (self.count > 0).sum(-1, keepdim=True) + opens.cumsum(-1) - 1  # the row that each new cluster gets
-        home = torch.where(home < M, home, new.gather(2, (home - M).clamp(min=0)))
+        known = label.long() if self.backend == "triton" else home
+        home = torch.where(home < old, known, new.gather(2, (home - old).clamp(min=0)))
         if int(new.max()) >= M:
             self.grow(max(int(new.max()) + 1, 2 * M))
         home = home.clamp(min=0)  # -1 is of padding

@@ -37,7 +37,7 @@ class Maker:
     """Makes the slots of a few layers."""
 
     def __init__(self, layers: Sequence[SubGenCache]) -> None:
-        self.layers, self.method = layers, layers[0].method
+        self.layers, self.method, self.kernel = layers, layers[0].method, layers[0].backend == "triton"
         self.queries = Statistics.of([layer.queries for layer in layers])
         self.group = self.queries.mean.shape[1] // layers[0].store.k.shape[1]
         self.ward, self.rounded = ward, rounded
@@ -63,13 +63,13 @@ class Maker:
         rest = alive & ~exact
         clusters = torch.minimum(room - exact.sum(-1), rest.sum(-1))
         if self.method.delta:
-            label, clusters = cover(self.points(slots, rest), rest, self.method.delta, clusters)
+            label, clusters = cover(self.points(slots, rest), rest, self.method.delta, clusters, self.kernel)
         else:
             heads = torch.arange(pos.shape[1], device=pos.device)[:, None]
             layer = torch.tensor([layer.index for layer in self.layers], device=pos.device)
             layer = layer.repeat_interleave(len(pos) // len(layer))[:, None, None]
             noise = random.gumbel(self.method.seed, layer, heads, pos)
-            label = coverage(self.points(slots, rest), rest, clusters, u.clamp(min=1e-20).log() + noise, clusters // 4)
+            label = coverage(self.points(slots, rest), rest, clusters, u.clamp(min=1e-20).log() + noise, clusters // 4, self.kernel)
         label = torch.where(exact, clusters[..., None] + exact.cumsum(-1) - 1, label)
         return self.merged(slots | {"weight": u}, label, torch.where(exact, 1.0, u), count, int(room.max()))
 
@@ -115,22 +115,35 @@ class Maker:
         tokens = ((flat >= 0) & several[flat]).nonzero()[:, 0]
         into = (several.cumsum(0) - 1)[flat[tokens]]
         clusters = several.nonzero()[:, 0]
+        sums = self.sums(slots, label, u, count, size) if self.kernel else {}
         weight = u.flatten()[tokens, None]
-        total = weight.new_zeros(len(clusters), 1).index_add_(0, into, weight).clamp_(min=1e-30)
+        total = weight.new_zeros(len(clusters), 1).index_add_(0, into, weight) if not sums else sums["weight"].flatten()[clusters, None]
+        total.clamp_(min=1e-30)
         layer = torch.tensor([one.index for one in self.layers], device=label.device)
         state = (new["pos"].flatten()[clusters], n.flatten()[clusters].long())
         place = (layer[clusters // (size * G * (len(label) // len(layer)))], clusters // size % G, *state)
         for which, name in enumerate(name for name in ("k", "v", "x") if name in slots):
             values = slots[name].flatten(0, 2)
             wide = torch.promote_types(values.dtype, torch.float32)
-            mean = (
-                values.new_zeros(len(clusters), values.shape[1], dtype=wide).index_add_(0, into, values[tokens].to(wide) * weight) / total
-            )
+            if sums:
+                mean = sums[name].flatten(0, 2)[clusters] / total
+            else:
+                mean = values.new_zeros(len(clusters), values.shape[1], dtype=wide)
+                mean = mean.index_add_(0, into, values[tokens].to(wide) * weight) / total
             t = values.index_select(0, member).index_copy_(
                 0, clusters, self.rounded(mean, values.dtype, self.method.seed, *place, torch.full_like(clusters, which))
             )
             new[name] = t.view(*label.shape[:2], size, -1)
         return new | {name: gathered(label, slots[name], size) for name in self.method.beside}
+
+    def sums(self, slots: dict[str, Tensor], label: Tensor, u: Tensor, count: Tensor, size: int) -> dict[str, Tensor]:
+        """Float32 sums by label, by the Triton kernel: of u (A, G, size), and of u times keys, values and coordinates (A, G, size, ...)."""
+        from zoo.kernels.nearest import cluster_sums
+
+        where = (label.int(), size, count, u.contiguous())
+        _, weight, k, v = cluster_sums(*where, slots["k"].contiguous(), slots["v"].contiguous())
+        out = {"weight": weight, "k": k, "v": v}
+        return out | ({"x": cluster_sums(*where, slots["x"].contiguous())[2]} if "x" in slots else {})
 
     def stream(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, due: Tensor) -> dict[str, Tensor]:
         """Tokens that leave the recent ones are clusters of one; as many pairs merge as there are too many slots."""
@@ -154,13 +167,20 @@ class Maker:
         x = self.points(slots, alive)
         tie = TIE * (x.square().sum(-1) * alive).amax(-1)[..., None]
         near = tie.clamp(min=self.method.delta**2)
-        apart = torch.cdist(x[:, :, old:], x[:, :, :old]).square_()
-        apart = apart.masked_fill_(~(alive & ((pos >= SINKS) | (count > 1)))[:, :, None, :old], torch.inf)  # the first tokens stay exact
-        least = apart.amin(-1)
-        nearest = (apart <= (least + tie)[..., None]).to(torch.uint8).argmax(-1)  # of those equally near the first, whatever rounding says
+        open_ones = (alive & ((pos >= SINKS) | (count > 1)))[:, :, :old]  # the first tokens stay exact
         waiting = alive[:, :, old:].clone()
-        joins = waiting & (least <= near)
-        into = torch.where(joins, nearest, own[old:])
+        if self.kernel:
+            from zoo.kernels.nearest import nearest
+
+            parts = (x[:, :, old:].contiguous(), x[:, :, :old].contiguous(), waiting, open_ones.contiguous(), None)
+            into, *_ = nearest(*parts, tie[..., 0].contiguous(), near[..., 0].contiguous())
+            joins = into >= 0
+        else:
+            apart = torch.cdist(x[:, :, old:], x[:, :, :old]).square_().masked_fill_(~open_ones[:, :, None], torch.inf)
+            least = apart.amin(-1)
+            into = (apart <= (least + tie)[..., None]).to(torch.uint8).argmax(-1)  # of those equally near the first, whatever rounding says
+            joins = waiting & (least <= near)
+        into = torch.where(joins, into, own[old:])
         waiting &= ~joins
         among = torch.cdist(x[:, :, old:], x[:, :, old:]).square_()
         while bool(waiting.any()):  # the first that waits opens a cluster and takes what is near: as many rounds as a block has tokens

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.attention.backends import attention, covered
+from zoo.attention.backends import Kernels, attention, kernels
 from zoo.attention.cache import Cache, round_up
 from zoo.attention.slots import (
     PAGE,
@@ -81,23 +81,22 @@ class BudgetedCache(Cache):
     def row(self, pos: Tensor) -> Tensor:
         return 1 + (pos - self.origin[:, None]) % self.ring[:, None]  # row 0 is for padding
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
-        self.store.append(self.row(pos), k, v, pos)
+    def respond(self, q: Tensor, pos: Tensor) -> Tensor:
         pieces = zip(q.split(QUERIES, 2), pos.split(QUERIES, 1), strict=True)
         return self.answer(q, pos) if q.shape[2] <= QUERIES else torch.cat([self.answer(*piece) for piece in pieces], 2)
 
     def answer(self, q: Tensor, pos: Tensor) -> Tensor:
         """The output for queries whose keys have been written."""
         tail = self.store.read(self.window)
-        kernel = self.backend == "cpp" and covered(q, tail.k.shape[1])
-        fused = not kernel and not torch.compiler.is_compiling() and q.device.type == "cpu" and self.backend != "eager"
+        kernel = kernels(self.backend, q, tail.k.shape[1])
+        fused = kernel is None and not torch.compiler.is_compiling() and q.device.type == "cpu" and self.backend != "eager"
         some = torch.compiler.is_compiling() or any(self.pages.count[self.index])  # a compiled step always asks for both
         observing = self.method.observes > 0 and self.store.mass is not None
         if not some and not observing:
             return attention(q, pos, tail, self.backend)
         settled = self.read_settled(looped=fused) if some else None
-        if kernel:
-            return self.answer_by_kernel(q, pos, tail, settled, observing)
+        if kernel is not None:
+            return self.answer_by(kernel, q, pos, tail, settled, observing)
         if fused:
             whole = flash_slots(q, pos, tail)
             whole = whole if settled is None else blend(whole, flash_pages(q, pos, settled))
@@ -108,14 +107,12 @@ class BudgetedCache(Cache):
             self.observe(q, pos, whole, tail, settled)
         return whole.num.view(q.shape).to(q.dtype) if fused else finish(whole, q.dtype)
 
-    def answer_by_kernel(self, q: Tensor, pos: Tensor, tail: Slots, settled: PagedSlots | None, observing: bool) -> Tensor:
-        """The same by the CPU kernels: one softmax over tail and pages, and what both received."""
-        from zoo.kernels import cpu
-
+    def answer_by(self, kernel: Kernels, q: Tensor, pos: Tensor, tail: Slots, settled: PagedSlots | None, observing: bool) -> Tensor:
+        """The same by kernels: one softmax over tail and pages, and what both received."""
         counts, every = self.counted(pos)
         if not observing or (every > 1 and not torch.compiler.is_compiling() and not bool(counts.any())):
-            return cpu.attention(q, pos, tail, settled, self.spans)[0]
-        out, sums, settled_sums = cpu.attention_and_mass(q, pos, tail, settled, self.spans, (counts * every).float())
+            return kernel.attention(q, pos, tail, settled, self.spans)[0]
+        out, sums, settled_sums = kernel.attention_and_mass(q, pos, tail, settled, self.spans, (counts * every).float())
         for name, power in self.method.powers.items():
             getattr(self.store, name).add_(sums[power - 1])
             if settled is not None and (mine := getattr(self, name)) is not None:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from zoo.attention.cache import Caches
 from zoo.errors import ZooError
 from zoo.models.config import Keys, heads, rope
-from zoo.models.layers import CausalLM, Embedding, Linear, Rope, Rotary, turn
+from zoo.models.layers import CausalLM, Embedding, Linear, Rope, Rotary, attend
 
 tanh_gelu = partial(F.gelu, approximate="tanh")
 
@@ -128,7 +128,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         # (B, T, H*3*D) -> three of (B, H, T, D): the matrix holds q, k and v of one head side by side
         q, k, v = self.query_key_value(x).view(B, T, self.heads, 3, self.head_dim).permute(3, 0, 2, 1, 4)
-        out = cache.attend(turn(q, cos, sin), turn(k, cos, sin), v, pos)  # (B, H, T, D)
+        out = attend(cache, q, k, v, pos, cos, sin)  # (B, H, T, D)
         return self.dense(out.transpose(1, 2).reshape(B, T, -1))
 
 

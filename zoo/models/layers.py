@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.attention.cache import Caches, NoCache
+from zoo.attention.cache import Cache, Caches, NoCache
 
 
 class RMSNorm(nn.Module):
@@ -242,6 +242,14 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     left, right = wide[..., :n], wide[..., n : 2 * n]
     turned = [left * cos - right * sin, right * cos + left * sin]
     return torch.cat(turned if 2 * n == x.shape[-1] else [*turned, wide[..., 2 * n :]], -1).to(x.dtype)
+
+
+def attend(cache: Any, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """q (B, H, T, D), k, v (B, G, T, D), not rotated yet -> out (B, H, T, D): `cache.attend` of them rotated; a cache that says so does the
+    rotation itself, in one pass with the write."""
+    if isinstance(cache, Cache) and cache.rotates(q.shape[2]):
+        return cache.attend_rotating(q, k, v, pos, cos, sin)
+    return cache.attend(turn(q, cos, sin), turn(k, cos, sin), v, pos)
 
 
 def spans(layers: Sequence[nn.Module] | nn.ModuleList, caches: Sequence[Any]) -> Iterator[tuple[list[nn.Module], list[Any]]]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from zoo.attention.cache import Caches
 from zoo.models.config import Keys, heads, rope
-from zoo.models.layers import CausalLM, Embedding, Linear, RMSNorm, Rope, Rotary, turn
+from zoo.models.layers import CausalLM, Embedding, Linear, RMSNorm, Rope, Rotary, attend
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Attention(nn.Module):
             proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, T, h*D) -> (B, h, T, D)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        out = cache.attend(turn(q, cos, sin), turn(k, cos, sin), v, pos)  # (B, H, T, D)
+        out = attend(cache, q, k, v, pos, cos, sin)  # (B, H, T, D)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 

@@ -1,0 +1,76 @@
+"""What the Triton kernels share: how one is launched and counted, and how its shipped configurations are listed.
+
+They run on CUDA and ROCm devices; on CPU tensors only in Triton's interpreter, which TRITON_INTERPRET=1 turns on before Python starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED: bool = triton.knobs.runtime.interpret  # read when kernels are decorated, so it holds for the whole process
+UPCAST = tl.constexpr(INTERPRETED)  # the interpreter's bfloat16 products are wrong; in float32 they are right
+
+launches: Counter[str] = Counter()  # kernel name -> how often it ran
+
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}  # in signatures
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A configuration that a kernel runs in, as the ahead-of-time compiler wants it. `signature`: argument -> type, such as *bf16 or i32;
+    arguments that are `constexprs` are left out. `aligned`: arguments that are multiples of 16, pointers in bytes."""
+
+    kernel: Any
+    name: str
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 1
+    aligned: frozenset[str] = field(default_factory=frozenset)
+
+
+@triton.jit
+def dot(x, y, acc=None):
+    """x @ y (+ acc) with float32 sums. float32 inputs are not rounded to TF32."""
+    if UPCAST:
+        x, y = x.to(tl.float32), y.to(tl.float32)
+    return tl.dot(x, y, acc, input_precision="ieee")
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 x in `dtype`, to nearest even; the interpreter's own conversion to bfloat16 cuts off."""
+    if UPCAST and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+def check(*tensors: Tensor | None) -> None:
+    """Raises RuntimeError unless the tensors lie on one device where Triton kernels run."""
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise RuntimeError(f"all tensors must be on one device; these are on {', '.join(sorted(map(str, devices)))}")
+    if not INTERPRETED and any(d.type != "cuda" for d in devices):
+        raise RuntimeError(f"Triton kernels run on GPUs, not on {devices.pop()}; TRITON_INTERPRET=1 runs them on a CPU, for tests")
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
+    """Run a kernel on `device`, whichever is current, and count it."""
+    launches[kernel.fn.__name__] += 1
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*args, **options)
+
+
+def op(name: str) -> Any:
+    """An operator zoo::<name> that takes a cache as it lies: without the tag a compiled step copies keys and values before each call."""
+    return torch.library.custom_op(f"zoo::{name}", mutates_args=(), tags=(torch.Tag.flexible_layout,))
