@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from zoo.kernels.launch import TYPES, Shipped, check, dot, launch, op
-from zoo.kernels.slot_attention import NONE, PAGE, WIDEST, rows_together, strides
+from zoo.kernels.slot_attention import HEADS, NONE, PAGE, WIDEST, rows_together, strides
 
 
 class Blocks(NamedTuple):
@@ -47,8 +47,8 @@ def blocks(head_dim: int, dtype: torch.dtype, rows: int, paged: bool) -> Blocks:
 def column_mass_kernel(
     q, q_pos, k, pos, a, pages, owner, lse, weight, mass, squares,
     kb, kg, ks, pb, pg, ab, ag,
-    G, T, R, D, S, window, scale,
-    PAGE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
+    G, T, R, S, window, scale,
+    PAGE: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A block of N slots. pages None: of a dense store of S rows a head, a None: 0. Otherwise entry program_id(0) of the list of pages."""
     if pages is not None:
@@ -136,8 +136,8 @@ def run(
     if mass.numel():
         launch(
             column_mass_kernel, grid, q.device, q, q_pos, k, pos, a, pages, owner, lse, weight, mass, squares,
-            *steps, G, T, R, D, S, min(window or NONE, NONE), D**-0.5,
-            PAGE=PAGE, M=size.M, N=size.N, BLOCK_D=size.D, num_warps=size.warps, num_stages=1,
+            *steps, G, T, R, S, min(window or NONE, NONE), D**-0.5,
+            PAGE=PAGE, D=D, M=size.M, N=size.N, BLOCK_D=size.D, num_warps=size.warps, num_stages=1,
         )  # fmt: skip
     return mass, squares
 
@@ -183,14 +183,14 @@ def page_mass(q: Tensor, q_pos: Tensor, slots: Any, spans: Tensor, lse: Tensor, 
 
 
 def shipped() -> Iterator[Shipped]:
-    """Every configuration for heads of 64 to 256."""
-    numbers = ["kb", "kg", "ks", "pb", "pg", "ab", "ag", "G", "T", "R", "D", "S", "window"]
+    """Every configuration for the head sizes in HEADS."""
+    numbers = ["kb", "kg", "ks", "pb", "pg", "ab", "ag", "G", "T", "R", "S", "window"]
     types = dict.fromkeys(numbers, "i32") | dict.fromkeys(("a", "lse", "weight", "mass", "squares"), "*fp32")
     types |= {"scale": "fp32", "q_pos": "*i64", **dict.fromkeys(("pos", "pages", "owner"), "*i32")}
     absent = {"dense": ("a", "pages", "owner"), "dense, a": ("pages", "owner"), "pages": ()}
-    for D, dtype, (name, none) in itertools.product((64, 128, 256), (torch.bfloat16, torch.float16, torch.float32), absent.items()):
+    for D, dtype, (name, none) in itertools.product(HEADS, (torch.bfloat16, torch.float16, torch.float32), absent.items()):
         for size in dict.fromkeys(blocks(D, dtype, rows, name == "pages") for rows in (16, 128)):
             given = types | dict.fromkeys(("q", "k"), f"*{TYPES[dtype]}")
-            sizes = {"PAGE": PAGE, "M": size.M, "N": size.N, "BLOCK_D": size.D, **dict.fromkeys(none)}
+            sizes = {"PAGE": PAGE, "D": D, "M": size.M, "N": size.N, "BLOCK_D": size.D, **dict.fromkeys(none)}
             about = f"{TYPES[dtype]}, D {D}, {size.M} rows, {name}"
-            yield Shipped(column_mass_kernel, about, given, sizes, size.warps, 1, frozenset(("kb", "kg", "ks", "D")))
+            yield Shipped(column_mass_kernel, about, given, sizes, size.warps, 1, frozenset(("kb", "kg", "ks")))

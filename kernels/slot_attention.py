@@ -27,7 +27,8 @@ from torch import Tensor
 from zoo.kernels.launch import TYPES, Shipped, check, dot, launch, op, rounded
 
 PAGE = 32  # rows of a page, as in zoo/attention/slots.py
-WIDEST = 256  # head size
+HEADS = (64, 80, 96, 128, 256)  # head sizes that are compiled for four chips to see what they take; others run as well
+WIDEST = 256
 PROGRAMS = 512  # that fill a chip: 132 multiprocessors of an H100, four each
 NONE = 2**31 - 1  # a window that hides nothing
 SPLITS = 16  # that are added up at a time
@@ -46,9 +47,9 @@ class Blocks(NamedTuple):
 def blocks(head_dim: int, dtype: torch.dtype, rows: int) -> Blocks:
     """The configuration for T H / G rows."""
     D, wide = max(64, triton.next_power_of_2(head_dim)), dtype == torch.float32
-    M = 16 if rows <= 16 or (wide and D == 256) else 32 if rows <= 32 or wide or D == 256 else 128
+    M = 16 if rows <= 16 or D == 256 else 32 if rows <= 32 or wide else 128
     N = 16 if wide or M * D == 128 * 128 else 64 if M * D == 16 * 64 else 32  # as many as spill no register
-    return Blocks(M, N, D, 8 if (2048 if wide else 8192) <= M * D else 4)
+    return Blocks(M, N, D, 4 if 4096 // (1 + wide) > M * D else 8)
 
 
 def splits(heads: int, tiles: int, slots: int) -> int:
@@ -60,8 +61,8 @@ def splits(heads: int, tiles: int, slots: int) -> int:
 def slot_attention_kernel(
     q, q_pos, k, v, pos, a, b, spans, num, top, den, top_b, out, lse,
     kb, kg, ks, vb, vg, vs, pb, pg, ab, ag, bb, bg,
-    G, T, R, D, S, window, scale,
-    PAGE: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
+    G, T, R, S, window, scale,
+    PAGE: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One split of one row tile of a kv head. v None: no values are summed. a None: 0. b None: a. spans None: a dense store of S rows. out
     None: the sums are what is wanted; otherwise a single split divides at once."""
@@ -148,8 +149,8 @@ def exponentials(score, seen, best):
 
 @triton.jit
 def merge_kernel(
-    num, top, den, top_b, all_num, all_top, all_den, all_top_b, out, lse, count, rows, D,
-    SPLITS: tl.constexpr, BLOCK_D: tl.constexpr,
+    num, top, den, top_b, all_num, all_top, all_den, all_top_b, out, lse, count, rows,
+    SPLITS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Adds up the `count` splits of one row: into out and its log-sum-exp, or, where out is None, into sums and their maxima again."""
     row = tl.program_id(0).to(tl.int64)
@@ -249,14 +250,14 @@ def run(
         steps = (0, 0, k.stride(0), 0, 0, v.stride(0), *[0] * 6)
     launch(
         slot_attention_kernel, (tiles, count, heads), q.device, q, q_pos, k, v, pos, a, b, spans, *parts, out, lse,
-        *steps, G, T, R, D, slots, min(window or NONE, NONE), D**-0.5,
-        PAGE=PAGE, M=size.M, N=size.N, BLOCK_D=size.D, num_warps=size.warps, num_stages=1,
+        *steps, G, T, R, slots, min(window or NONE, NONE), D**-0.5,
+        PAGE=PAGE, D=D, M=size.M, N=size.N, BLOCK_D=size.D, num_warps=size.warps, num_stages=1,
     )  # fmt: skip
     if count > 1:
         whole = sums(1, not divide)
         launch(
-            merge_kernel, (heads * R * T,), q.device, *parts, *whole, out, lse, count, R * T, D,
-            SPLITS=SPLITS, BLOCK_D=size.D, num_warps=2, num_stages=1,
+            merge_kernel, (heads * R * T,), q.device, *parts, *whole, out, lse, count, R * T,
+            SPLITS=SPLITS, D=D, BLOCK_D=size.D, num_warps=2, num_stages=1,
         )  # fmt: skip
         parts = whole
     return [out, lse] if divide else parts
@@ -332,9 +333,9 @@ def slot_parts(q: Tensor, q_pos: Tensor, slots: Any) -> tuple[Tensor, Tensor, Te
 
 
 def shipped() -> Iterator[Shipped]:
-    """Every configuration for heads of 64 to 256: dtypes, tiles, and what is given beside keys."""
+    """Every configuration for the head sizes in HEADS: dtypes, tiles, and what is given beside keys."""
     floats = ("a", "b", "num", "top", "den", "top_b", "lse", "all_num", "all_top", "all_den", "all_top_b")
-    numbers = ["kb", "kg", "ks", "vb", "vg", "vs", "pb", "pg", "ab", "ag", "bb", "bg", "G", "T", "R", "D", "S", "window", "count", "rows"]
+    numbers = ["kb", "kg", "ks", "vb", "vg", "vs", "pb", "pg", "ab", "ag", "bb", "bg", "G", "T", "R", "S", "window", "count", "rows"]
     types = dict.fromkeys(numbers, "i32") | dict.fromkeys(floats, "*fp32")
     types |= {"scale": "fp32", "q_pos": "*i64", "pos": "*i32", "spans": "*i32"}
     absent = {  # what is None; parts have no output
@@ -349,15 +350,15 @@ def shipped() -> Iterator[Shipped]:
     sums = ("all_num", "all_top", "all_den", "all_top_b")
     merged = {"out": ("top_b", *sums), "sums": ("top_b", "all_top_b", "out", "lse"), "sums, a and b": ("out", "lse")}
     merged["sums, keys only"] = ("num", "all_num", *merged["sums"])
-    for D, dtype in itertools.product((64, 128, 256), (torch.bfloat16, torch.float16, torch.float32)):
+    for D, dtype in itertools.product(HEADS, (torch.bfloat16, torch.float16, torch.float32)):
         given = types | dict.fromkeys(("q", "k", "v", "out"), f"*{TYPES[dtype]}")
         for size in dict.fromkeys(blocks(D, dtype, rows) for rows in (16, 32, 128)):
-            sizes = {"PAGE": PAGE, "M": size.M, "N": size.N, "BLOCK_D": size.D}
+            sizes = {"PAGE": PAGE, "D": D, "M": size.M, "N": size.N, "BLOCK_D": size.D}
             for name, none in absent.items():
                 about = f"{TYPES[dtype]}, D {D}, {size.M} rows, {name}"
-                aligned = frozenset(("kb", "kg", "ks", "vb", "vg", "vs", "D"))
+                aligned = frozenset(("kb", "kg", "ks", "vb", "vg", "vs"))
                 yield Shipped(slot_attention_kernel, about, given, sizes | dict.fromkeys(none), size.warps, 1, aligned)
         for name, none in merged.items():
             if name == "out" or dtype == torch.float32:  # sums are always float32
-                sizes = {"SPLITS": SPLITS, "BLOCK_D": D}
-                yield Shipped(merge_kernel, f"{TYPES[dtype]}, D {D}, {name}", given, sizes | dict.fromkeys(none), 2, 1, frozenset({"D"}))
+                sizes = {"SPLITS": SPLITS, "D": D, "BLOCK_D": size.D}
+                yield Shipped(merge_kernel, f"{TYPES[dtype]}, D {D}, {name}", given, sizes | dict.fromkeys(none), 2, 1)

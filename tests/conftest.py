@@ -171,6 +171,22 @@ def write_llama(folder: Path, **options: Any) -> Path:
     return write_checkpoint(folder, "llama", **options)
 
 
+# Triton's interpreter is chosen when Python starts; tests/test_triton.py starts one for these.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreter"]
+
+
+@pytest.fixture
+def nan_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty gives NaN, so that what a kernel leaves unwritten fails."""
+    empty = torch.empty
+
+    def filled(*size: Any, **options: Any) -> torch.Tensor:
+        t = empty(*size, **options)
+        return t.fill_(torch.nan) if t.is_floating_point() else t
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Where cores are shared, tiny operations on two threads take forty times as long: each waits for the other's turn."""

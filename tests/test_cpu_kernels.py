@@ -13,6 +13,7 @@ import torch
 from conftest import write_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import make, paged, wide
 from torch import Tensor
 from zoo.kernels import cpu
 
@@ -21,7 +22,6 @@ from zoo.attention import parse
 from zoo.attention.backends import kernels_ready
 from zoo.attention.clustering import rounded, ward
 from zoo.attention.slots import PagedSlots, Slots, chunk_mass, finish, merge, paged_mass, paged_parts, slot_attention, slot_mass, slot_parts
-from zoo.attention.store import PAGE
 from zoo.errors import ZooError
 from zoo.folders import cache_folder
 from zoo.models.layers import Linear
@@ -40,29 +40,6 @@ SHAPES = [  # B, H, G, T, D, S
     (1, 4, 2, 2, 64, 1),
 ]
 LONG = [(1, 9, 3, 100, 64, 700), (2, 8, 1, 40, 80, 513), (1, 6, 3, 300, 64, 900), (2, 2, 2, 129, 128, 256)]
-
-
-def make(
-    shape: tuple[int, ...], dtype: torch.dtype, seed: int, weights: bool, window: int | None, big: float = 2.0
-) -> tuple[Tensor, Tensor, Slots]:
-    """Queries at the last positions, slots in random order, a fifth of them empty, the first query of longer chunks padding; stores are
-    views of longer storages, as they are in caches."""
-    B, H, G, T, D, S = shape
-    g = torch.Generator().manual_seed(seed)
-    q = torch.randn(B, H, T, D, generator=g).mul(big).to(dtype)
-    k, v = (torch.randn(B, G, S + 5, D, generator=g).mul(m).to(dtype)[:, :, :S] for m in (big, 1.0))
-    pos = torch.stack([torch.randperm(S + 9, generator=g)[: S + 5] for _ in range(B * (G if weights else 1))])
-    pos = pos.view(B, -1, S + 5).to(torch.int32)[:, :, :S]
-    pos[torch.rand(pos.shape, generator=g) < 0.2] = -1
-    a = torch.randn(B, G, S + 5, generator=g)[:, :, :S] if weights else None
-    q_pos = torch.arange(max(0, S - T), max(0, S - T) + T).expand(B, T).clone()
-    if T > 1:
-        q_pos[0, 0] = -1
-    return q, q_pos, Slots(k, v, pos, a, window=window)
-
-
-def wide(s: Slots) -> Slots:
-    return replace(s, k=s.k.double(), v=s.v.double(), a=None if s.a is None else s.a.double())
 
 
 @pytest.mark.parametrize("window", [None, 50])
@@ -101,28 +78,6 @@ def test_attention_of_any_shape(B: int, G: int, R: int, T: int, D: int, S: int, 
     q, q_pos, s = make((B, G * R, G, T, D, S), torch.float32, S, weights, None)
     if cpu.covers(q.device, q.dtype, D, R * T):
         assert (cpu.attention(q, q_pos, s)[0] - slot_attention(q.double(), q_pos, wide(s))).abs().max() < 1e-5
-
-
-def paged(seed: int, dtype: torch.dtype, T: int, D: int = 64, window: int | None = None) -> tuple[Tensor, Tensor, PagedSlots, Tensor]:
-    """Two sequences of two heads that own 3, 0, 1 and 20 pages, behind and before pages of another layer which any query would prefer."""
-    g = torch.Generator().manual_seed(seed)
-    counts, before = [3, 0, 1, 20], 2
-    P = 1 + before + sum(counts) + 3
-    k, v = (torch.randn(P, PAGE, D, generator=g).to(dtype) for _ in range(2))
-    pos, a = torch.randint(-1, 40, (P, PAGE), generator=g).to(torch.int32), torch.full((P, PAGE), 30.0)
-    pos[0] = -1
-    first = [1 + before + sum(counts[:i]) for i in range(4)]
-    listed, owner = torch.zeros(sum(counts) + 2, dtype=torch.int32), torch.zeros(sum(counts) + 2, dtype=torch.int32)
-    table, spans, at = torch.zeros(4, 20, dtype=torch.int32), torch.zeros(4, 3, dtype=torch.int32), 1
-    for head, n in enumerate(counts):
-        listed[at : at + n] = torch.arange(first[head], first[head] + n)
-        owner[at : at + n] = head
-        table[head, :n] = torch.arange(at, at + n)
-        spans[head] = torch.tensor([first[head], n, at])
-        a[first[head] : first[head] + n] = torch.randn(n, PAGE, generator=g)
-        at += n
-    q = torch.randn(2, 6, T, D, generator=g).to(dtype)
-    return q, torch.arange(30, 30 + T).expand(2, T).clone(), PagedSlots(k, v, pos, a, listed, owner, table, window=window), spans
 
 
 def nothing(s: PagedSlots, heads: int) -> Slots:

@@ -1,0 +1,204 @@
+"""Inputs for kernels, and the Triton kernels' checks against the formula in float64, for Triton's interpreter and for GPUs.
+
+A check takes the module that it looks at, so that mutants go through the very same one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.attention.slots import PagedSlots, Parts, Slots, finish, merge, paged_mass, paged_parts, slot_attention, slot_mass, slot_parts
+from zoo.attention.store import PAGE
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = [  # B, H, G, T, D, S: one split or several, one row tile or several, heads of every shipped size and a tiny one
+    (1, 3, 3, 1, 64, 300),
+    (2, 3, 1, 1, 80, 70),
+    (1, 8, 2, 3, 128, 129),
+    (1, 8, 1, 1, 128, 600),
+    (1, 4, 2, 16, 96, 100),
+    (1, 2, 1, 1, 256, 130),
+    (2, 2, 2, 2, 16, 70),
+    (1, 9, 3, 20, 64, 150),
+    (1, 1, 1, 1, 64, 1),
+]
+
+
+def make(
+    shape: tuple[int, ...], dtype: torch.dtype, seed: int, weights: bool, window: int | None, big: float = 2.0, device: str = "cpu"
+) -> tuple[Tensor, Tensor, Slots]:
+    """Queries at the last positions, slots in random order, a fifth of them empty, the first query of longer chunks padding; stores are
+    views of longer storages, as they are in caches."""
+    B, H, G, T, D, S = shape
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(B, H, T, D, generator=g).mul(big).to(dtype)
+    k, v = (torch.randn(B, G, S + 5, D, generator=g).mul(m).to(dtype)[:, :, :S] for m in (big, 1.0))
+    pos = torch.stack([torch.randperm(S + 9, generator=g)[: S + 5] for _ in range(B * (G if weights else 1))])
+    pos = pos.view(B, -1, S + 5).to(torch.int32)[:, :, :S]
+    pos[torch.rand(pos.shape, generator=g) < 0.2] = -1
+    a = torch.randn(B, G, S + 5, generator=g)[:, :, :S] if weights else None
+    q_pos = torch.arange(max(0, S - T), max(0, S - T) + T).expand(B, T).clone()
+    if T > 1:
+        q_pos[0, 0] = -1
+    q, q_pos, k, v, pos = (t.to(device) for t in (q, q_pos, k, v, pos))
+    return q, q_pos, Slots(k, v, pos, None if a is None else a.to(device), window=window)
+
+
+def wide(s: Slots) -> Slots:
+    return replace(s, k=s.k.double(), v=s.v.double(), a=None if s.a is None else s.a.double())
+
+
+def paged(
+    seed: int, dtype: torch.dtype, T: int, D: int = 64, window: int | None = None, device: str = "cpu"
+) -> tuple[Tensor, Tensor, PagedSlots, Tensor]:
+    """Two sequences of two heads that own 3, 0, 1 and 20 pages, behind and before pages of another layer which any query would prefer."""
+    g = torch.Generator().manual_seed(seed)
+    counts, before = [3, 0, 1, 20], 2
+    P = 1 + before + sum(counts) + 3
+    k, v = (torch.randn(P, PAGE, D, generator=g).to(dtype) for _ in range(2))
+    pos, a = torch.randint(-1, 40, (P, PAGE), generator=g).to(torch.int32), torch.full((P, PAGE), 30.0)
+    pos[0] = -1
+    first = [1 + before + sum(counts[:i]) for i in range(4)]
+    listed, owner = torch.zeros(sum(counts) + 2, dtype=torch.int32), torch.zeros(sum(counts) + 2, dtype=torch.int32)
+    table, spans, at = torch.zeros(4, 20, dtype=torch.int32), torch.zeros(4, 3, dtype=torch.int32), 1
+    for head, n in enumerate(counts):
+        listed[at : at + n] = torch.arange(first[head], first[head] + n)
+        owner[at : at + n] = head
+        table[head, :n] = torch.arange(at, at + n)
+        spans[head] = torch.tensor([first[head], n, at])
+        a[first[head] : first[head] + n] = torch.randn(n, PAGE, generator=g)
+        at += n
+    q = torch.randn(2, 6, T, D, generator=g).to(dtype)
+    q_pos = torch.arange(30, 30 + T).expand(2, T).clone()
+    q, q_pos, spans, *slots = (t.to(device) for t in (q, q_pos, spans, k, v, pos, a, listed, owner, table))
+    return q, q_pos, PagedSlots(*slots, window=window), spans
+
+
+def allowed(eager: Tensor, true: Tensor, q: Tensor, slots: Slots | PagedSlots) -> Tensor:
+    """1.5 times the error of the formula in the model's own dtype, and what no float32 sum is free of: one rounding of the largest score,
+    which exp makes a relative error of, and of the output."""
+    largest = float(q.float().norm(dim=-1).max() * slots.k.float().norm(dim=-1).max()) * q.shape[-1] ** -0.5
+    return 1.5 * (eager.double() - true).abs().max() + 2**-23 * (largest + 1) * float(true.abs().max() + 1)
+
+
+def close(got: Tensor, true: Tensor, bound: Tensor | float, about: str) -> None:
+    assert torch.isfinite(got).all(), f"{about}: not finite"
+    miss = (got.double() - true).abs().max() if got.numel() else torch.zeros(())
+    assert miss <= bound, f"{about}: {float(miss):.3g} > {float(bound):.3g}"
+
+
+def double(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.double()
+
+
+def true_lse(parts: Parts, like: Tensor) -> Tensor:
+    return torch.where(parts.den > 0, parts.max_den + parts.den.log(), -torch.inf).view(like.shape)
+
+
+def attention_matches(
+    module: Any, shape: tuple[int, ...], dtype: torch.dtype, weights: bool, window: int | None, big: float, device: str = "cpu"
+) -> None:
+    """Output, and log-sum-exp to a few roundings of the largest score; 0 and -inf where nothing is seen."""
+    q, q_pos, s = make(shape, dtype, sum(shape), weights, window, big, device)
+    out, lse = module.slot_attention(q, q_pos, s)
+    true, parts = slot_attention(q.double(), q_pos, wide(s)), slot_parts(q.double(), q_pos, wide(s))
+    close(out, true, allowed(slot_attention(q, q_pos, s), true, q, s), "output")
+    want = true_lse(parts, lse)
+    assert torch.equal(lse == -torch.inf, want == -torch.inf)
+    close(torch.where(want > -torch.inf, lse, 0), want.where(want > -torch.inf, 0), 1e-5 * big * big + 1e-5, "log-sum-exp")
+    assert (out[(lse == -torch.inf)] == 0).all()
+
+
+def rising_scores_match(module: Any, device: str = "cpu") -> None:
+    """Nineteen splits, each of greater scores than those before: every sum so far must shrink, again and again."""
+    S, D = 4700, 64
+    g = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(1, 1, n, D, generator=g) for n in (1, S, S))
+    k = k + q * torch.linspace(0, 2, S)[:, None]
+    q, k, v = (t.to(device) for t in (q, k, v))
+    s = Slots(k, v, torch.arange(S, dtype=torch.int32, device=device).view(1, 1, S))
+    at = torch.tensor([[S]], device=device)
+    true = slot_attention(q.double(), at, wide(s))
+    close(module.slot_attention(q, at, s)[0], true, allowed(slot_attention(q, at, s), true, q, s), "output of rising scores")
+
+
+def pages_match(module: Any, dtype: torch.dtype, T: int, D: int, window: int | None, device: str = "cpu") -> None:
+    """The same of pages; a head without a page says 0 and -inf."""
+    q, q_pos, s, spans = paged(5, dtype, T, D, window, device)
+    out, lse = module.page_attention(q, q_pos, s, spans)
+    true = paged_parts(q.double(), q_pos, replace(s, k=s.k.double(), v=s.v.double()))
+    ratio, eager = finish(true, torch.float64), finish(paged_parts(q, q_pos, s), dtype)
+    close(out, ratio, allowed(eager, ratio, q, s), "output")
+    assert (lse[0, 3:] == -torch.inf).all()
+    seen = lse > -torch.inf
+    assert torch.equal(seen, true_lse(true, lse) > -torch.inf)
+    close(lse.where(seen, 0), true_lse(true, lse).where(seen, 0), 5e-5, "log-sum-exp")
+
+
+def as_parts(found: tuple[Tensor, ...], G: int) -> Parts:
+    num, top, den, top_b = found
+    B, H, T, D = num.shape
+    return Parts(num.view(B, G, H // G, T, D), *(x.view(B, G, H // G, T) for x in (top, den, top_b)))
+
+
+def parts_match(module: Any, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> None:
+    """Sums apart for numerator and denominator: a and b, either alone, neither; keys without values; two halves merged are the whole."""
+    q, q_pos, plain = make(shape, dtype, 3, True, 40, 2.0, device)
+    G, cut = plain.k.shape[1], plain.k.shape[2] // 2
+    b = torch.randn(plain.pos.shape, generator=torch.Generator().manual_seed(1)).to(device)
+    b[:, :, ::5] = -torch.inf  # numerator slots
+    a = torch.where(torch.arange(plain.pos.shape[2], device=device) % 7 == 3, -torch.inf, plain.a)  # denominator slots
+    for s in (replace(plain, a=a, b=b), replace(plain, a=None, b=b), replace(plain, b=None), replace(plain, a=None)):
+        ws = replace(wide(s), b=double(s.b))
+        true = slot_attention(q.double(), q_pos, ws)
+        bound = allowed(slot_attention(q, q_pos, s), true, q, s)
+        close(finish(as_parts(module.slot_parts(q, q_pos, s), G), dtype), true, bound, "output of parts")
+
+        def half(where: slice, s: Slots = s) -> Parts:
+            a, b = (None if x is None else x[:, :, where] for x in (s.a, s.b))
+            return as_parts(module.slot_parts(q, q_pos, Slots(s.k[:, :, where], s.v[:, :, where], s.pos[:, :, where], a, b, s.window)), G)
+
+        close(finish(merge(half(slice(cut)), half(slice(cut, None))), dtype), true, bound, "output of two halves")
+    keys = replace(plain, v=plain.v[..., :0])
+    found, want = as_parts(module.slot_parts(q, q_pos, keys), G), slot_parts(q.double(), q_pos, wide(plain))
+    assert found.num.shape[-1] == 0
+    lse = true_lse(want, found.den)
+    close(true_lse(found, found.den).where(lse > -torch.inf, 0), lse.where(lse > -torch.inf, 0), 1e-4, "log-sum-exp of keys")
+
+
+def rounding(lse: Tensor, power: int, mass: Tensor) -> float:
+    """What a mass owes to the statistics that it is given: one rounding of the largest score and of its log-sum-exp."""
+    return 2**-23 * power * float(lse.where(lse > -torch.inf, 0).abs().max() + 1) * float(mass.max() + 1)
+
+
+def mass_matches(module: Any, shape: tuple[int, ...], dtype: torch.dtype, weights: bool, window: int | None, device: str = "cpu") -> None:
+    """What each slot received, to the powers 1 and 2, weighted by query; nothing for empty slots, and nothing at all for weights of 0."""
+    q, q_pos, s = make(shape, dtype, sum(shape) + 1, weights, window, 2.0, device)
+    weight = torch.rand(shape[0], shape[3], generator=torch.Generator().manual_seed(2)).to(device)
+    true, eager = slot_parts(q.double(), q_pos, wide(s)), slot_parts(q, q_pos, s)
+    lse = true_lse(true, q[..., 0]).float()
+    for got, power in zip(module.slot_mass(q, q_pos, s, lse, weight), (1, 2), strict=True):
+        want = slot_mass(q.double(), q_pos, wide(s), true, weight.double(), power)
+        miss = (slot_mass(q, q_pos, s, eager, weight, power).double() - want).abs().max()
+        close(got, want, 1.5 * miss + rounding(lse, power, want), f"mass to the power {power}")
+        assert (got[s.pos.expand(got.shape) < 0] == 0).all()
+    for got in module.slot_mass(q, q_pos, s, lse, torch.zeros_like(weight)):
+        assert (got == 0).all()
+
+
+def page_mass_matches(module: Any, dtype: torch.dtype, T: int, window: int | None, device: str = "cpu") -> None:
+    """The same of the pages in a layer's list."""
+    q, q_pos, s, spans = paged(6, dtype, T, 64, window, device)
+    w = replace(s, k=s.k.double(), v=s.v.double())
+    true, eager = paged_parts(q.double(), q_pos, w), paged_parts(q, q_pos, s)
+    weight = torch.rand(2, T, generator=torch.Generator().manual_seed(2)).to(device)
+    lse = true_lse(true, q[..., 0]).float()
+    for got, power in zip(module.page_mass(q, q_pos, s, spans, lse, weight), (1, 2), strict=True):
+        want = paged_mass(q.double(), q_pos, w, true, weight.double(), power)
+        miss = (paged_mass(q, q_pos, s, eager, weight, power).double() - want).abs().max()
+        close(got, want, 1.5 * miss + rounding(lse, power, want), f"mass of pages to the power {power}")
+        assert want.max() > 0.01
