@@ -141,6 +141,7 @@ def test_shifts_and_duplicates(seed: int, S: int, shift: float) -> None:
 def test_nothing_visible_gives_zero() -> None:
     """No slot at all, only empty slots, a padded query, only slots from the future."""
     q, q_pos, s = make(3, 6, weights="a")
+    q, s = q.float(), replace(s, k=s.k.float(), v=s.v.float())
     empty = Slots(s.k[:, :, :0], s.v[:, :, :0], s.pos[:, :, :0], s.a[:, :, :0])  # type: ignore[index]
     for slots, where in (
         (empty, q_pos),
