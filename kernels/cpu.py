@@ -14,6 +14,7 @@ Letters: B batch, H query heads, G key/value heads, T new tokens, S slots, D hea
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import logging
@@ -79,8 +80,13 @@ def build(folder: Path) -> Path:
     root = Path(torch.__file__).parent
     about = [*(path.read_text() for path in sources()), torch.__version__, processor(), *compiler, *FLAGS]
     library = folder / f"cpu-{hashlib.sha256(chr(0).join(about).encode()).hexdigest()[:16]}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes one builds, the others wait for it
+        if library.exists():
+            return library
         with tempfile.TemporaryDirectory(dir=folder) as name, ThreadPoolExecutor() as pool:
             run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
             objects = [f"{name}/{path.stem}.o" for path in SOURCES]
@@ -148,18 +154,13 @@ def arguments(q: Tensor, q_pos: Tensor, slots: Any, pages: Any, spans: Tensor | 
     return q.contiguous(), q_pos.contiguous(), slots.k, slots.v, slots.pos.to(torch.int32), slots.a, *beside
 
 
-def ward(x: Tensor, weight: Tensor, alive: Tensor, surplus: Tensor) -> Tensor:
+def ward(x: Tensor, weight: Tensor, alive: Tensor, surplus: Tensor, tie: float) -> Tensor:
     """`zoo.attention.clustering.ward`: x (B, G, N, F) float32, weight (B, G, N) float32, alive (B, G, N) bool, surplus (B, G) int64 ->
-    labels (B, G, N) int64."""
-    from zoo.attention.clustering import TIE
-
-    return torch.ops.zoo.ward(x.contiguous(), weight.contiguous(), alive.contiguous(), surplus.contiguous(), TIE)
+    labels (B, G, N) int64. Squared distances below `tie` of the largest squared norm are ties."""
+    return torch.ops.zoo.ward(x.contiguous(), weight.contiguous(), alive.contiguous(), surplus.contiguous(), tie)
 
 
 def rounded(mean: Tensor, dtype: torch.dtype, seed: int, *where: Tensor) -> Tensor:
-    """`zoo.attention.clustering.rounded`; other dtypes than bfloat16 go there."""
-    if dtype != torch.bfloat16:
-        from zoo.attention.clustering import rounded
-
-        return rounded(mean, dtype, seed, *where)
+    """`zoo.attention.clustering.rounded`, for bfloat16 alone: mean (M, D) float32, where (M,) int64 each -> (M, D)."""
+    assert dtype == torch.bfloat16
     return torch.ops.zoo.rounded(mean.contiguous(), (seed + 2**63) % 2**64 - 2**63, torch.stack(where, 1))

@@ -2,7 +2,7 @@
 //
 //   same dtype   x and W bfloat16 or float32; sums in float32
 //   int8         W int8 and one float32 scale a row; W is converted to float32 on its way. A bfloat16 x becomes whole numbers of 16 bits,
-//                in units of its own for every GROUP columns, x = unit (256 high + low), so that products are sums of bytes, exact, four at
+//                in units of its own for every GROUP columns, x = unit (256 high + low), so that products are sums of bytes, four at
 //                a time (vpdpbusd), where there is such an instruction and columns are a multiple of 64.
 
 #include <torch/csrc/stable/library.h>
@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "vectors.h"
@@ -58,11 +59,15 @@ struct Digits {  // of rows x (M, D)
     for (int64_t i = 0; i < M * D;) {
       const int64_t end = std::min(i + GROUP, (i / D + 1) * D);
       float most = 0;
-      for (int64_t d = i; d < end; d++) most = std::max(most, std::abs(float(x[d])));
-      const float one = most / 32639;  // 256 * 127 + 127
+      for (int64_t d = i; d < end; d++) {
+        const float size = std::abs(float(x[d]));
+        if (!(size <= most) && most == most) most = size;  // NaN stays, and makes the row NaN
+      }
+      const bool finite = most < INFINITY;
+      const float one = finite ? std::max(most / 32639, std::numeric_limits<float>::min()) : NAN;  // 256 * 127 + 127
       int32_t h = 0, l = 0;
       for (int64_t d = i; d < end; d++) {
-        const int32_t whole = most > 0 ? int32_t(std::nearbyint(float(x[d]) / one)) : 0, digit = (whole + 128) >> 8;
+        const int32_t whole = finite ? int32_t(std::nearbyint(float(x[d]) / one)) : 0, digit = (whole + 128) >> 8;
         high[d] = digit, low[d] = whole - 256 * digit;
         h += high[d], l += low[d];
       }

@@ -1,4 +1,4 @@
-// Merging clusters on CPUs: `ward` and `rounded` of zoo/attention/clustering.py, to the letter.
+// Merging clusters on CPUs: `ward` and `rounded` of zoo/attention/clustering.py: the same labels, but for rounding and ties, and the same bits.
 //
 // ward, a head at a time: cost(a, b) = |x_a - x_b|^2 / (1/w_a + 1/w_b)
 //

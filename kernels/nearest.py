@@ -139,12 +139,16 @@ def labels(
     return label, dist
 
 
+def like_sums(label: Tensor, clusters: int, k: Tensor | None, v: Tensor | None) -> Sums:
+    """Unwritten."""
+    shapes = ((), (), *((0 if t is None else t.shape[3],) for t in (k, v)))
+    return Sums(*(torch.empty(*label.shape[:2], clusters, *s, dtype=torch.float32, device=label.device) for s in shapes))
+
+
 def sums(label: Tensor, clusters: int, number: Tensor, weight: Tensor, k: Tensor | None, v: Tensor | None) -> Sums:
-    (A, G, N), device = label.shape, label.device
-    K, V = (0 if t is None else t.shape[3] for t in (k, v))
-    shapes = ((), (), (K,), (V,))
-    out = Sums(*(torch.empty(A, G, clusters, *s, dtype=torch.float32, device=device) for s in shapes))
+    (A, G, N), device, out = label.shape, label.device, like_sums(label, clusters, k, v)
     if out.count.numel():
+        K, V = out.keys.shape[3], out.values.shape[3]
         sizes, warps = adding(K, V)
         grid = (triton.cdiv(clusters, sizes["BLOCK_J"]), A * G, max(1, triton.cdiv(max(K, V), sizes["BLOCK_D"])))
         launch.launch(add_up, grid, device, label, number, weight, k, v, *out, N, clusters, **sizes, num_warps=warps)
@@ -199,6 +203,23 @@ def cluster_sums(
         "k": (k, (*shape, 0 if k is None else k.shape[-1]), REAL), "v": (v, (*shape, 0 if v is None else v.shape[-1]), REAL),
     })  # fmt: skip
     return tuple(sums(label, clusters, number, weight, k, v))  # type: ignore[return-value]
+
+
+@nearest.register_fake
+def _(
+    x: Tensor, centres: Tensor, alive: Tensor, valid: Tensor,
+    scale: Tensor | None = None, tie: Tensor | None = None, limit: Tensor | None = None,
+    number: Tensor | None = None, weight: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    label, dist = x.new_empty(x.shape[:3], dtype=torch.int32), x.new_empty(x.shape[:3], dtype=torch.float32)
+    if number is None or weight is None:
+        return label, dist, *(x.new_empty(0, dtype=torch.float32) for _ in range(4))
+    return label, dist, *like_sums(label, centres.shape[2], k, v)
+
+
+@cluster_sums.register_fake
+def _(label: Tensor, clusters: int, number: Tensor, weight: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> tuple[Tensor, ...]:
+    return tuple(like_sums(label, clusters, k, v))
 
 
 def shipped() -> Iterator[Shipped]:

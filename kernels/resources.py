@@ -14,6 +14,7 @@ import argparse
 import concurrent.futures
 import hashlib
 import importlib
+import inspect
 import json
 import multiprocessing
 import os
@@ -73,7 +74,7 @@ def occupancy(used: Used, warps: int, chip: Chip) -> float:
     return blocks * warps / chip.warps
 
 
-def inspect(index: int, name: str) -> Used:
+def look(index: int, name: str) -> Used:
     """Compile the configuration of that index for a chip, or look up what was found before. Runs in a process of its own."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -84,7 +85,7 @@ def inspect(index: int, name: str) -> Used:
     aligned = [i for i, (a, kind) in enumerate(signature.items()) if kind.startswith("*") or (a in c.aligned and kind != "constexpr")]
     constants = {a: value for a, value in c.constexprs.items() if a in signature}
     source = ASTSource(c.kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    about = f"{source.hash()} {name} {c.num_warps} {c.num_stages} {triton.__version__} {Path(__file__).read_text()}"
+    about = f"{source.hash()} {name} {c.num_warps} {c.num_stages} {triton.__version__} {inspect.getsource(nvidia)} {inspect.getsource(amd)}"
     kept = cache_folder() / "kernels" / "resources" / f"{hashlib.sha256(about.encode()).hexdigest()[:24]}.json"
     if kept.exists():
         return Used(*json.loads(kept.read_text()))
@@ -134,7 +135,7 @@ def measure(chips: Sequence[str], processes: int) -> Iterator[tuple[Any, str, Us
     all_of_them = configurations()
     jobs = [(i, name) for i in range(len(all_of_them)) for name in chips]
     with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        for (i, name), used in zip(jobs, pool.map(inspect, *zip(*jobs, strict=True), chunksize=4), strict=True):
+        for (i, name), used in zip(jobs, pool.map(look, *zip(*jobs, strict=True), chunksize=4), strict=True):
             yield all_of_them[i], name, used
 
 
@@ -160,6 +161,12 @@ def table(found: Sequence[tuple[Any, str, Used]], chips: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def triton_version() -> str:
+    import triton
+
+    return triton.__version__
+
+
 def wrong(found: Sequence[tuple[Any, str, Used]]) -> list[str]:
     """Configurations that spill or do not fit."""
     lines = []
@@ -181,7 +188,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.pop("TRITON_INTERPRET", None)  # nothing can be compiled under it
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton's default so far; unset, every process warns that it will change
     found = list(measure(args.chips, args.processes))
-    shown = table(found, args.chips)
+    about = f"Triton {triton_version()}; in each cell registers a thread, KiB of shared memory a block, occupancy."
+    shown = f"{table(found, args.chips)}\n\n{about}"
     print(shown)
     if args.write:
         readme = Path(__file__).with_name("README.md")

@@ -102,6 +102,11 @@ def rotary_store(
     beside = [x for x in (a, mass, spikes) if x is not None]
     if not (k.shape == v.shape == (B, G, T, D) and pos.shape == row.shape == (B, T) and 0 < 2 * n <= D):
         raise RuntimeError(f"rotary_store: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} and positions do not fit one another")
+    rows = k_store.shape[2]
+    if not (k_store.shape == v_store.shape == (B, G, rows, D) and pos_store.shape in ((B, G, rows), (B, 1, rows))) or any(
+        x.shape != (B, G, rows) or x.dtype != torch.float32 for x in beside
+    ):
+        raise RuntimeError(f"rotary_store: a store of {tuple(k_store.shape)} does not fit {G} heads of {D} dimensions, or its own parts")
     if not (q.dtype == k.dtype == v.dtype == k_store.dtype == v_store.dtype):
         raise RuntimeError(f"rotary_store: q, k, v and the store must have one dtype; got {q.dtype}, {k.dtype}, {v.dtype}, {k_store.dtype}")
     if (cos.dtype, sin.dtype, pos.dtype, row.dtype, pos_store.dtype) != (*[torch.float32] * 2, *[torch.int64] * 2, torch.int32):

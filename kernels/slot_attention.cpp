@@ -398,7 +398,10 @@ void few_mass(const Call& c, const float* weights) {  // (B, T): how much a quer
     for (size_t i = 0; i < tasks.size(); i++) {
       const auto [head, run, s] = tasks[i];
       const Run& h = *run;
-      const int64_t count = std::min(BLOCK, h.slots - s), *at = c.at + head / c.G * c.T;
+      const int64_t* at = c.at + head / c.G * c.T;
+      int64_t count = std::min(BLOCK, h.slots - s);
+      while (count > 0 && h.pos[s + count - 1] < 0) count--;
+      if (look(h.pos + s, count, BLOCK).hidden(*std::min_element(at, at + c.T), *std::max_element(at, at + c.T), c.window)) continue;
       if (have != head) read_queries(c, head, q.data()), have = head;
       const K* k = static_cast<const K*>(h.k) + s * h.row;
       scores(q.data(), M, k, k + BLOCK * h.row, h.row, count, D, p.data());
@@ -551,6 +554,7 @@ void add_heads(Call& c, const Tensor& k, const Tensor& v, const Tensor& pos, con
 // spans (B G, 3): a head's first page in the arena, how many it owns, and where they begin in a list of the layer's pages
 void add_pages(Call& c, const Tensor& k, const Tensor& v, const Tensor& pos, const Tensor& a, const Tensor& where) {
   expect_slots(c, k, v, pos);
+  expect(k.dim() == 3 && v.dim() == 3 && pos.dim() == 2 && v.size(0) == k.size(0) && pos.size(0) == k.size(0), "pages must be (P, rows, D)");
   expect(k.is_contiguous() && v.is_contiguous() && pos.is_contiguous() && a.is_contiguous() && where.is_contiguous(), "pages must be contiguous");
   expect(a.scalar_type() == ScalarType::Float && a.numel() == pos.numel(), "log-weights must be float32, one a row");
   expect(where.scalar_type() == ScalarType::Int && where.dim() == 2 && where.size(0) == c.B * c.G && where.size(1) == 3,

@@ -86,9 +86,9 @@ def slot_attention_kernel(
     end = tl.minimum(start + share, slots)
 
     m, n, d = tile * M + tl.arange(0, M), tl.arange(0, N), tl.arange(0, BLOCK_D)
-    row = head.to(tl.int64) * R * T + m  # of q (B G, R T, D): row r T + t of the head is query head r's token t
+    row = head.to(tl.int64) * R * T  # where the head's begin in q (B G, R T, D): row r T + t is query head r's token t
     at = tl.load(q_pos + (head // G) * T + m % T, mask=m < R * T, other=-1).to(tl.int32)
-    x = tl.load(q + row[:, None] * D + d[None], mask=(m < R * T)[:, None] & (d < D)[None], other=0)
+    x = tl.load(q + row * D + (m[:, None] * D + d[None]), mask=(m < R * T)[:, None] & (d < D)[None], other=0)
     newest, oldest = tl.max(at, 0), tl.min(tl.where(at >= 0, at, 0x7FFFFFFF), 0)
 
     acc = tl.zeros((M, BLOCK_D), tl.float32)
@@ -124,18 +124,18 @@ def slot_attention_kernel(
     if out is not None and tl.num_programs(1) == 1:
         some = total > 0
         divisor = tl.where(some, total, 1.0)
-        tl.store(lse + row, tl.where(some, best + tl.log(divisor), float("-inf")), mask=here)
-        tl.store(out + row[:, None] * D + d[None], rounded(acc / divisor[:, None], out.dtype.element_ty), mask=inside)
+        tl.store(lse + row + m, tl.where(some, best + tl.log(divisor), float("-inf")), mask=here)
+        tl.store(out + row * D + (m[:, None] * D + d[None]), rounded(acc / divisor[:, None], out.dtype.element_ty), mask=inside)
     else:
-        part = (head * tl.num_programs(1) + split).to(tl.int64) * R * T + m
-        tl.store(top + part, best, mask=here)
-        tl.store(den + part, total, mask=here)
+        part = (head * tl.num_programs(1) + split).to(tl.int64) * R * T
+        tl.store(top + part + m, best, mask=here)
+        tl.store(den + part + m, total, mask=here)
         if b is not None:
-            tl.store(top_b + part, best_b, mask=here)
+            tl.store(top_b + part + m, best_b, mask=here)
         if v is not None:
             if out is not None:  # what saw nothing is not read again: its maximum says so
                 inside = inside & (best > float("-inf"))[:, None]
-            tl.store(num + part[:, None] * D + d[None], acc, mask=inside)
+            tl.store(num + part * D + (m[:, None] * D + d[None]), acc, mask=inside)
 
 
 @triton.jit

@@ -202,3 +202,10 @@ def page_mass_matches(module: Any, dtype: torch.dtype, T: int, window: int | Non
         miss = (paged_mass(q, q_pos, s, eager, weight, power).double() - want).abs().max()
         close(got, want, 1.5 * miss + rounding(lse, power, want), f"mass of pages to the power {power}")
         assert want.max() > 0.01
+
+
+def calls(graph: torch.fx.GraphModule) -> set[str]:
+    """Names of the operators of zoo that a graph calls, those of nested regions included."""
+    modules = [m for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]
+    targets = [str(node.target) for m in modules for node in m.graph.nodes if node.op == "call_function"]
+    return {t.removeprefix("zoo.").partition(".")[0] for t in targets if t.startswith("zoo.")}

@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from zoo.kernels import cpu
 import zoo
 from zoo.attention import parse
 from zoo.attention.backends import kernels_ready
-from zoo.attention.clustering import rounded, ward
+from zoo.attention.clustering import TIE, rounded, ward
 from zoo.attention.slots import PagedSlots, Slots, chunk_mass, finish, merge, paged_mass, paged_parts, slot_attention, slot_mass, slot_parts
 from zoo.errors import ZooError
 from zoo.folders import cache_folder
@@ -149,7 +150,7 @@ def test_mass_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, weight
     for mass, power in zip(got, (1, 2), strict=True):
         want = slot_mass(q.double(), q_pos, wide(s), parts, weight.double(), power)
         assert (mass.double() - want).abs().max() < 1e-4 * shape[3]
-        assert (mass.transpose(0, 1)[:, (s.pos < 0).all(1)] == 0).all() or weights
+        assert (mass[s.pos.expand(mass.shape) < 0] == 0).all()
     assert all((m == 0).all() for m in cpu.attention_and_mass(q, q_pos, s, None, None, torch.zeros_like(weight))[1])
 
 
@@ -195,6 +196,17 @@ def test_int8_linear_matches_float64(M: int, N: int, K: int, dtype: torch.dtype)
         assert (got[M - 1] == 0).all()
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_int8_rows_that_are_not_finite_stay_so(bad: float) -> None:
+    x, w = torch.ones(2, 128, dtype=torch.bfloat16), torch.ones(5, 128, dtype=torch.int8)
+    x[0, 70] = bad
+    got = torch.ops.zoo.linear_int8(x, w, torch.ones(5))
+    assert not torch.isfinite(got[0]).any()
+    assert (got[1] == 128).all()
+    tiny = torch.full((1, 128), 1e-37, dtype=torch.bfloat16)
+    assert (torch.ops.zoo.linear_int8(tiny, w, torch.ones(5)) - 128 * float(tiny[0, 0])).abs().max() < 2e-36
+
+
 def clusters(B: int, G: int, N: int, F: int, step: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Points, weights, what may merge, and how many must go; step > 0 puts points on a grid, so that many distances are equal."""
     g = torch.Generator().manual_seed(B * N + F)
@@ -209,9 +221,9 @@ def clusters(B: int, G: int, N: int, F: int, step: float = 0.0) -> tuple[Tensor,
 def test_ward_is_the_one_of_clustering(shape: tuple[int, int, int, int]) -> None:
     """The same labels, but where rounding decides: never where points differ clearly, as random ones do."""
     x, weight, alive, surplus = clusters(*shape)
-    assert torch.equal(cpu.ward(x, weight, alive, surplus), ward(x, weight, alive, surplus))
+    assert torch.equal(cpu.ward(x, weight, alive, surplus, TIE), ward(x, weight, alive, surplus))
     many = torch.full_like(surplus, shape[2])  # more than can go: one is left
-    got = cpu.ward(x, weight, alive, many)
+    got = cpu.ward(x, weight, alive, many, TIE)
     assert all(len(got[b, h][alive[b, h]].unique()) == 1 for b in range(shape[0]) for h in range(shape[1]) if alive[b, h].any())
 
 
@@ -219,7 +231,7 @@ def test_ward_takes_near_points_for_equal() -> None:
     """Within a hundredth of the largest norm the first is the nearest, as in clustering, whatever rounding says."""
     x, weight = torch.tensor([0.0, 0.05, 0.06, 10.0]).view(1, 1, 4, 1), torch.tensor([[[1.0, 1.01, 1.02, 5.0]]])
     alive = torch.ones(1, 1, 4, dtype=torch.bool)
-    for merge_by in (ward, cpu.ward):
+    for merge_by in (ward, partial(cpu.ward, tie=TIE)):
         assert merge_by(x, weight, alive, torch.ones(1, 1, dtype=torch.int64)).tolist() == [[[0, 0, 2, 3]]]
 
 
@@ -234,7 +246,6 @@ def test_rounding_is_the_one_of_clustering() -> None:
         got, want = cpu.rounded(mean, torch.bfloat16, seed, *where), rounded(mean, torch.bfloat16, seed, *where)
         assert torch.equal(got, want)
         assert 0.2 < (got != mean.bfloat16())[50:].float().mean() < 0.3  # a quarter goes the other way
-    assert torch.equal(cpu.rounded(mean, torch.float32, 0, *where), mean)
 
 
 @pytest.mark.parametrize("step", [0.7, 1.5])
@@ -242,7 +253,7 @@ def test_ward_with_equal_points(step: float) -> None:
     """Points on a grid: equal ones go first, into the first of them; the cost of what merges is that of clustering's."""
     x, weight, alive, surplus = clusters(2, 2, 150, 2, step)
     weight = weight.round().clamp(min=1)
-    got, want = cpu.ward(x, weight, alive, surplus), ward(x, weight, alive, surplus)
+    got, want = cpu.ward(x, weight, alive, surplus, TIE), ward(x, weight, alive, surplus)
     for labels in (got, want):
         assert torch.equal((labels != torch.arange(150)).sum(-1), surplus)
         assert (labels[~alive] == torch.arange(150).expand(labels.shape)[~alive]).all()
@@ -288,6 +299,8 @@ def test_operators_are_well_behaved() -> None:
             ops.attention(*wrong, *beside, 0)
     with pytest.raises(RuntimeError, match="leaves the arena"):
         ops.attention(pq, pp, *empty, p.k, p.v, p.pos, p.a, spans + 100, 0)
+    with pytest.raises(RuntimeError, match="pages must be"):
+        ops.attention(pq, pp, *empty, p.k, p.v[:1], p.pos, p.a, spans, 0)
     with pytest.raises(RuntimeError, match="given whole"):
         ops.attention(pq, pp, *empty, p.k, p.v, p.pos, p.a, None, 0)
     with pytest.raises(RuntimeError, match="list of pages"):
@@ -382,7 +395,9 @@ def test_mutants_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i, (old, new) in enumerate(MUTANTS):
         assert sum(old in text for text in texts.values()) == 1, old
         many = ("part * e", "h.a[s + j] / scale", "den[m] *= shrink, max[m] = new_max;")  # in code that only AVX-512 reaches
-        if not MANY and (old in many or "zeros" in old or "digit" in old or "unit[at]" in old or "highs[at]" in old):
+        if not MANY and (old in many or "zeros" in old):
+            continue
+        if "avx512_vnni" not in cpu.processor() and ("digit" in old or "unit[at]" in old or "highs[at]" in old):
             continue
         folder = tmp_path / str(i)
         folder.mkdir()
@@ -414,7 +429,7 @@ def test_without_a_compiler_attention_runs_all_the_same(
     with caplog.at_level(logging.WARNING, "zoo"):
         assert not cpu.ready.__wrapped__(tmp_path / "b")
     assert "this compiler is broken" in caplog.text
-    assert not list((tmp_path / "b").iterdir())
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["lock"]
     monkeypatch.delenv("CXX")
     (tmp_path / "c").write_text("a file where the folder should be")
     with caplog.at_level(logging.WARNING, "zoo"):
@@ -432,7 +447,7 @@ def test_backend_by_name(tmp_path: Path) -> None:
     assert zoo.load(folder, dtype="float16").backend == "auto"
 
 
-@pytest.mark.parametrize("attn", ["full", "sliding:window=40", "subgen:budget=128", "h2o:budget=128"])
+@pytest.mark.parametrize("attn", ["full", "sliding:window=40", *(f"{name}:budget=128" for name in ("subgen", "h2o", "tova"))])
 def test_kernels_run_and_change_nothing(tmp_path: Path, attn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model's own caches, prompt and 80 steps: the same logits as by the formula, and the kernels were called."""
     folder = str(write_llama(tmp_path / "m", head_dim=16))
@@ -449,7 +464,7 @@ def test_kernels_run_and_change_nothing(tmp_path: Path, attn: str, monkeypatch: 
         lm.prefill(ids[:, :200], cache, [200, 171])
         logits.append(torch.stack([lm.decode_step(ids[:, t], cache) for t in range(200, 280)]))
     assert called
-    assert ("attention_and_mass" in called) == attn.startswith(("subgen", "h2o"))  # those that ask what was attended to
+    assert ("attention_and_mass" in called) == attn.startswith(("subgen", "h2o", "tova"))  # those that ask what was attended to
     assert (logits[0] - logits[1]).abs().max() < 1e-3
 
 

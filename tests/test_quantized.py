@@ -114,19 +114,22 @@ def test_weights_are_freed_one_by_one(tiny: Path, monkeypatch: pytest.MonkeyPatc
 
 @needs_torchao
 @pytest.mark.slow
-def test_compiled_int8_equals_eager(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("batch", "dtype"), [(1, "float32"), (2, "float32"), (2, "bfloat16")])
+def test_compiled_int8_equals_eager(tmp_path: Path, batch: int, dtype: str) -> None:
+    """A single row is Inductor's, several go to the CPU kernel, inside the graph."""
     lm = zoo.load(
-        str(write_checkpoint(tmp_path / "m", "llama", hidden_size=32, num_hidden_layers=2)), dtype="float32", compile="on", weights="int8"
+        str(write_checkpoint(tmp_path / "m", "llama", hidden_size=32, num_hidden_layers=2)), dtype=dtype, compile="on", weights="int8"
     )
-    ids = torch.randint(3, lm.config.vocab_size, (1, 30), generator=torch.Generator().manual_seed(3))
-    caches = [lm.new_cache(max_tokens=40) for _ in range(2)]
+    ids = torch.randint(3, lm.config.vocab_size, (batch, 30), generator=torch.Generator().manual_seed(3))
+    caches = [lm.new_cache(batch, max_tokens=40) for _ in range(2)]
     for cache in caches:
         lm.prefill(ids, cache)
     for t in range(5):
         lm.step.mode = "on"
         a = lm.decode_step(ids[:, t], caches[0])
         lm.step.mode = "off"
-        assert (a - lm.decode_step(ids[:, t], caches[1])).abs().max() < 1e-3
+        b = lm.decode_step(ids[:, t], caches[1])
+        assert (a - b).abs().max() < (1e-3 if dtype == "float32" else 0.02 * float(b.abs().max()))
 
 
 def test_what_is_unknown_or_missing_says_so(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -302,7 +302,7 @@ def load(
     """A model by name (zoo.models()), hub id or folder, ready to generate.
 
     attn: `name:option=value,...` (zoo.attentions()). dtype: as in the file unless given (bfloat16, float16, float32). compile: auto, on or
-    off. backend: how attention is computed (auto, eager, sdpa, cpp, triton). weights: None, as in the file, or int8 (extra `quant`).
+    off. backend: how attention is computed (auto, eager, sdpa, cpp, triton, flex). weights: None, as in the file, or int8 (extra `quant`).
     Raises ZooError with one line that says what to do.
     """
     method = parse(attn)

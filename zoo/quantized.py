@@ -2,7 +2,9 @@
 
     y = scale * (W x)        W (out, in) int8, scale (out,) float32, symmetric: the largest of a row becomes 127
 
-Half the bytes of bfloat16, so that decode, which is bound by reading weights, takes less time; products and sums are as before.
+Half the bytes of bfloat16, so that decode, which is bound by reading weights, takes less time. Products and sums are as before, but for 2
+to 16 bfloat16 rows (and one uncompiled): kernels/linear.cpp multiplies them as 16-bit whole numbers, in units of a 32,639th of the largest
+of 256 columns.
 The embedding keeps its numbers; where it is also the output head, the head gets an int8 copy of its own. torchao (extra `quant`) is
 imported when a model is quantised, not when it runs: what runs is a plain tensor.
 """

@@ -7,7 +7,8 @@ lengths, room (A, G) how many slots a head may own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,11 +41,13 @@ class Maker:
         self.layers, self.method, self.kernel = layers, layers[0].method, layers[0].backend == "triton"
         self.queries = Statistics.of([layer.queries for layer in layers])
         self.group = self.queries.mean.shape[1] // layers[0].store.k.shape[1]
-        self.ward, self.rounded = ward, rounded
+        self.ward: Callable[..., Tensor] = ward
+        self.rounded = rounded
         if layers[0].backend == "cpp":
             from zoo.kernels import cpu
 
-            self.ward, self.rounded = cpu.ward, cpu.rounded
+            self.ward = partial(cpu.ward, tie=TIE)
+            self.rounded = cpu.rounded if layers[0].store.k.dtype == torch.bfloat16 else rounded
 
     def points(self, slots: dict[str, Tensor], alive: Tensor) -> Tensor:
         """What distances are taken between, (A, G, N, F) float32."""

@@ -1,0 +1,125 @@
+"""The Triton kernels, without a GPU: their tests in the interpreter, in a process of its own, and what their binaries take."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kernel_checks import calls
+
+import zoo
+from zoo.attention import parse
+from zoo.attention.backends import choose
+from zoo.errors import ZooError
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("this process is Triton's interpreter itself", allow_module_level=True)
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", sorted(path.name for path in (HERE / "interpreter").glob("test_*.py")))
+def test_interpreter(file: str) -> None:
+    """tests/interpreter/, which says itself what failed."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / "interpreter" / file)]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=HERE.parent, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-8000:]
+
+
+@pytest.mark.slow
+def test_binaries_take_what_the_readme_says() -> None:
+    """Every shipped configuration compiles for sm_80, sm_90, sm_100 and gfx942, spills nothing and fits; the README's table is what is
+    printed, if it was made by this version of Triton."""
+    done = subprocess.run([sys.executable, "-m", "zoo.kernels.resources"], cwd=HERE.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    from zoo.kernels.resources import END, START, triton_version
+
+    kept = (HERE.parent / "kernels" / "README.md").read_text().partition(START)[2].partition(END)[0].strip()
+    assert kept.count("slot_attention_kernel") > 5
+    if f"Triton {triton_version()};" in kept:
+        assert kept == done.stdout.strip(), "run python -m zoo.kernels.resources --write"
+
+
+def test_what_is_wrong_with_a_binary_is_said() -> None:
+    from zoo.kernels import resources
+    from zoo.kernels.resources import CHIPS, Used, occupancy, wrong
+
+    c = resources.configurations()[0]
+    assert wrong([(c, "sm_80", Used(255, 0, 163 * 1024)), (c, "gfx942", Used(512, 0, 65536))]) == []
+    assert "8 bytes of spills" in wrong([(c, "sm_90", Used(255, 8, 0))])[0]
+    assert "65537 bytes of shared memory" in wrong([(c, "gfx942", Used(10, 0, 65537))])[0]
+    # By hand: 168 registers let 3 warps into each of four schedulers, three blocks of 4 warps out of 64; 100 KiB let two blocks in.
+    assert occupancy(Used(168, 0, 0), 4, CHIPS["sm_80"]) == 12 / 64
+    assert occupancy(Used(32, 0, 100 * 1024), 4, CHIPS["sm_90"]) == 8 / 64
+    assert occupancy(Used(256, 0, 0), 4, CHIPS["gfx942"]) == 8 / 32
+
+
+def test_kernels_refuse_a_cpu() -> None:
+    """One line that says what to do: of the backend, before a model has answered anything, and of the operators."""
+    from zoo.kernels import slot_attention
+
+    with pytest.raises(ZooError, match="TRITON_INTERPRET=1"):
+        choose("triton", torch.device("cpu"), torch.float32, 64)
+    q, k = torch.zeros(1, 2, 1, 64), torch.zeros(1, 1, 5, 64)
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
+        torch.ops.zoo.slot_attention_triton(q, torch.zeros(1, 1).long(), k, k, torch.zeros(1, 1, 5, dtype=torch.int32), None, 0)
+    assert slot_attention.HEADS[0] == 64
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "size", "expected"),
+    [
+        ((9, 0), torch.bfloat16, 128, "triton"),
+        ((8, 0), torch.float16, 256, "triton"),
+        ((7, 5), torch.float16, 64, "flex"),
+        ((9, 0), torch.float64, 64, "flex"),
+        ((9, 0), torch.float32, 512, "flex"),
+    ],
+)
+def test_auto_on_gpus(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype, size: int, expected: str) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    assert choose("auto", torch.device("cuda"), dtype, size) == expected
+    if expected != "triton":
+        with pytest.raises(ZooError, match="cannot be used"):
+            choose("triton", torch.device("cuda"), dtype, size)
+
+
+@pytest.mark.parametrize("attn", ["full", "subgen:budget=128", "subgen_paper:delta=3,s=20,block=16"])
+def test_a_step_traces_without_a_device(tmp_path: Path, attn: str) -> None:
+    """Model and cache without any data (device meta): one graph, every operator says what it would return, and no kernel runs."""
+    from conftest import write_llama
+    from zoo.kernels.launch import launches
+
+    lm = zoo.load(str(write_llama(tmp_path, num_hidden_layers=2)), compile="off")
+    lm.attn, graphs = parse(attn), []
+    cache = lm.new_cache()
+    lm.prefill(torch.randint(0, lm.config.vocab_size, (1, 140)), cache)
+    cache.make_room(torch.tensor([141]), 141)
+    for layer in cache:
+        layer.backend = "triton"
+    for part in (lm.model, cache, *(p for layer in cache if (p := getattr(layer, "pages", None)) is not None)):
+        part.to("meta")
+
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    ids, pos = (torch.zeros(1, 1, dtype=torch.int64, device="meta") for _ in range(2))
+    torch._dynamo.reset()
+    launches.clear()
+    with torch.no_grad():
+        out = torch.compile(lm.step.eager, backend=keep, fullgraph=True)(ids, pos, cache)
+    assert (out.device.type, out.shape) == ("meta", (1, lm.config.vocab_size))
+    assert len(graphs) == 1
+    called = calls(graphs[0])
+    assert ("slot_parts_triton" if attn.startswith("subgen_paper") else "slot_attention_triton") in called
+    assert ("page_attention_triton" in called) == attn.startswith("subgen:")
+    assert not launches
