@@ -26,10 +26,10 @@ from zoo.kernels.launch import TYPES, Shipped
 
 
 class Sums(NamedTuple):
-    """What each centre's points add up to, float32: count, weight (A, G, M), keys, values (A, G, M, D)."""
+    """What each centre's points add up to, float32: counts, weights (A, G, M), keys, values (A, G, M, D)."""
 
-    count: Tensor
-    weight: Tensor
+    counts: Tensor
+    weights: Tensor
     keys: Tensor
     values: Tensor
 
@@ -147,7 +147,7 @@ def like_sums(label: Tensor, clusters: int, k: Tensor | None, v: Tensor | None) 
 
 def sums(label: Tensor, clusters: int, number: Tensor, weight: Tensor, k: Tensor | None, v: Tensor | None) -> Sums:
     (A, G, N), device, out = label.shape, label.device, like_sums(label, clusters, k, v)
-    if out.count.numel():
+    if out.counts.numel():
         K, V = out.keys.shape[3], out.values.shape[3]
         sizes, warps = adding(K, V)
         grid = (triton.cdiv(clusters, sizes["BLOCK_J"]), A * G, max(1, triton.cdiv(max(K, V), sizes["BLOCK_D"])))
@@ -187,8 +187,10 @@ def nearest(
     })  # fmt: skip
     label, dist = labels(x, centres, alive, valid, scale, tie, limit)
     if number is None or weight is None:
-        return label, dist, *(x.new_empty(0, dtype=torch.float32) for _ in range(4))
-    return label, dist, *cluster_sums(label, M, number, weight, k, v)
+        none = [x.new_empty(0, dtype=torch.float32) for _ in range(4)]
+        return label, dist, none[0], none[1], none[2], none[3]
+    found = sums(label, M, number, weight, k, v)
+    return label, dist, found.counts, found.weights, found.keys, found.values
 
 
 @torch.library.custom_op("zoo::cluster_sums_triton", mutates_args=())
@@ -202,7 +204,7 @@ def cluster_sums(
         "label": (label, shape, (torch.int32,)), "number": (number, shape, f32), "weight": (weight, shape, f32),
         "k": (k, (*shape, 0 if k is None else k.shape[-1]), REAL), "v": (v, (*shape, 0 if v is None else v.shape[-1]), REAL),
     })  # fmt: skip
-    return tuple(sums(label, clusters, number, weight, k, v))  # type: ignore[return-value]
+    return sums(label, clusters, number, weight, k, v)
 
 
 @nearest.register_fake
@@ -219,7 +221,7 @@ def _(
 
 @cluster_sums.register_fake
 def _(label: Tensor, clusters: int, number: Tensor, weight: Tensor, k: Tensor | None = None, v: Tensor | None = None) -> tuple[Tensor, ...]:
-    return tuple(like_sums(label, clusters, k, v))
+    return like_sums(label, clusters, k, v)
 
 
 def shipped() -> Iterator[Shipped]:

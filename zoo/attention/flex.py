@@ -12,6 +12,7 @@ single part, and the two parts of a method with a budget run as with `sdpa` (zoo
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def flex_pages(q: Tensor, q_pos: Tensor, slots: PagedSlots, spans: Tensor, lse: 
     return (out[0][:, :, :T], out[1][:, :, :T]) if lse else out[:, :, :T]
 
 
-def run(function: Any, opened: list[tuple[Tensor | None, int]], *args: Any) -> Any:
+def run(function: Any, opened: Sequence[tuple[Tensor | None, int]], *args: Any) -> Any:
     """`function`, compiled by itself unless a step is being traced. `opened`: dimensions that may grow without recompiling."""
     if torch.compiler.is_compiling():
         return function(*args)
