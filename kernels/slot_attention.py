@@ -48,7 +48,7 @@ def blocks(head_dim: int, dtype: torch.dtype, rows: int) -> Blocks:
     """The configuration for T H / G rows."""
     D, wide = max(64, triton.next_power_of_2(head_dim)), dtype == torch.float32
     M = 16 if rows <= 16 or D == 256 else 32 if rows <= 32 or wide else 128
-    N = 16 if wide or M * D == 128 * 128 else 64 if M * D == 16 * 64 else 32  # as many as spill no register
+    N = 16 if wide or (M > 16 and D == 128) else 64 if M * D == 16 * 64 else 32  # as many as spill no register
     return Blocks(M, N, D, 4 if 4096 // (1 + wide) > M * D else 8)
 
 
@@ -111,11 +111,7 @@ def slot_attention_kernel(
                 score += tl.load(a + s + n, mask=live, other=0)[None]
             e, best, shrink = exponentials(score, seen, best)
             if v is not None:
-                # Probabilities as a sum of two numbers of the values' dtype: one alone would cost their last bits.
-                high = rounded(e, values.dtype)
-                acc = dot(high, values, acc * shrink[:, None])
-                if values.dtype != tl.float32:
-                    acc = dot(rounded(e - high.to(tl.float32), values.dtype), values, acc)
+                acc = dot(rounded(e, values.dtype), values, acc * shrink[:, None])
             if b is not None:
                 e, best_b, shrink = exponentials(product + tl.load(b + s + n, mask=live, other=0)[None], seen, best_b)
             total = total * shrink + tl.sum(e, 1)

@@ -249,9 +249,9 @@ def mutant(module: Any, old: str, new: str, folder: Path) -> Any:
         ("tl.sum(x * weight[:, None], 0)", "tl.sum(x, 0)"),  # splits are added without their maxima
         ("acc * shrink + tl.sum(x", "acc + tl.sum(x"),  # the same of sixteen splits and sixteen more
         ("mask=start + n < end", "mask=start + n < end - 1"),  # a split's last slot, where it is shorter than a block
-        ("row = head.to(tl.int64) * R * T + m", "row = head.to(tl.int64) * R * T + m % T"),  # all query heads are the first
+        ("(m[:, None] * D + d[None]), mask=(m < R", "(m[:, None] % T * D + d[None]), mask=(m < R"),  # all query heads are the first
         ("+ m % T, mask=m < R * T, other=-1)", "+ m // R, mask=m < R * T, other=-1)"),  # tokens and heads in the wrong order
-        ("high = rounded(e, values.dtype)", "high = rounded(e, values.dtype).to(tl.float32) * 0"),
+        ("dot(rounded(e, values.dtype), values", "dot(rounded(e * 0.99, values.dtype), values"),  # numerator and denominator disagree
         ("slots = tl.load(spans + 3 * head + 1) * PAGE", "slots = tl.load(spans + 3 * head + 1) * PAGE - 1"),
     ],
 )
