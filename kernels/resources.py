@@ -130,10 +130,10 @@ def amd(asm: Any, folder: str) -> tuple[int, int]:
     return number("vgpr_count"), number("private_segment_fixed_size") + 4 * number("vgpr_spill_count")
 
 
-def measure(chips: Sequence[str], processes: int) -> Iterator[tuple[Any, str, Used]]:
-    """(configuration, chip, what it takes) for everything that ships."""
+def measure(chips: Sequence[str], processes: int, every: int = 1) -> Iterator[tuple[Any, str, Used]]:
+    """(configuration, chip, what it takes) for everything that ships, or every so many of it."""
     all_of_them = configurations()
-    jobs = [(i, name) for i in range(len(all_of_them)) for name in chips]
+    jobs = [(i, name) for i in range(0, len(all_of_them), every) for name in chips]
     with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         for (i, name), used in zip(jobs, pool.map(look, *zip(*jobs, strict=True), chunksize=4), strict=True):
             yield all_of_them[i], name, used
@@ -183,11 +183,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m zoo.kernels.resources", description="What the Triton kernels take on four chips.")
     p.add_argument("--chips", nargs="+", default=list(CHIPS), choices=list(CHIPS))
     p.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile at a time")
+    p.add_argument("--every", type=int, default=1, metavar="N", help="compile every N-th configuration only")
     p.add_argument("--write", action="store_true", help="put the table into kernels/README.md")
     args = p.parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)  # nothing can be compiled under it
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton's default so far; unset, every process warns that it will change
-    found = list(measure(args.chips, args.processes))
+    found = list(measure(args.chips, args.processes, args.every))
     about = f"Triton {triton_version()}; in each cell registers a thread, KiB of shared memory a block, occupancy."
     shown = f"{table(found, args.chips)}\n\n{about}"
     print(shown)

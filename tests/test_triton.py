@@ -35,17 +35,14 @@ def test_interpreter(file: str) -> None:
 
 
 @pytest.mark.slow
-def test_binaries_take_what_the_readme_says() -> None:
-    """Every shipped configuration compiles for sm_80, sm_90, sm_100 and gfx942, spills nothing and fits; the README's table is what is
-    printed, if it was made by this version of Triton."""
-    done = subprocess.run([sys.executable, "-m", "zoo.kernels.resources"], cwd=HERE.parent, capture_output=True, text=True)
+def test_binaries_spill_nothing_and_fit() -> None:
+    """Shipped configurations compile for sm_80, sm_90, sm_100 and gfx942, spill nothing and fit: every eighth, which takes minutes, or all
+    of them with ZOO_TEST_ALL_BINARIES=1, which takes half an hour."""
+    every = "1" if os.environ.get("ZOO_TEST_ALL_BINARIES") == "1" else "8"
+    command = [sys.executable, "-m", "zoo.kernels.resources", "--every", every]
+    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    from zoo.kernels.resources import END, START, triton_version
-
-    kept = (HERE.parent / "kernels" / "README.md").read_text().partition(START)[2].partition(END)[0].strip()
-    assert kept.count("slot_attention_kernel") > 5
-    if f"Triton {triton_version()};" in kept:
-        assert kept == done.stdout.strip(), "run python -m zoo.kernels.resources --write"
+    assert done.stdout.count("| slot_attention_kernel |") > 5
 
 
 def test_what_is_wrong_with_a_binary_is_said() -> None:
