@@ -47,7 +47,7 @@ class Blocks(NamedTuple):
 def blocks(head_dim: int, dtype: torch.dtype, rows: int) -> Blocks:
     """The configuration for T H / G rows."""
     D, wide = max(64, triton.next_power_of_2(head_dim)), dtype == torch.float32
-    M = 16 if rows <= 16 or D == 256 or (wide and D == 128) else 32 if rows <= 32 or wide else 128
+    M = 16 if rows <= 16 or D == 256 or wide else 32 if rows <= 32 else 128
     N = 16 if wide or (M > 16 and D == 128) else 64 if M * D == 16 * 64 else 32  # as many as spill no register
     return Blocks(M, N, D, 4 if 4096 // (1 + wide) > M * D else 8)
 
