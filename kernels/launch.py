@@ -20,14 +20,13 @@ INTERPRETED: bool = triton.knobs.runtime.interpret  # read when kernels are deco
 UPCAST = tl.constexpr(INTERPRETED)  # the interpreter's bfloat16 products are wrong; in float32 they are right
 
 launches: Counter[str] = Counter()  # kernel name -> how often it ran
-
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}  # in signatures
 
 
 @dataclass(frozen=True)
 class Shipped:
     """A configuration that a kernel runs in, as the ahead-of-time compiler wants it. `signature`: argument -> type, such as *bf16 or i32;
-    arguments that are `constexprs` are left out. `aligned`: arguments that are multiples of 16, pointers in bytes."""
+    those that are `constexprs` are left out. `aligned`: which are multiples of 16. `maxnreg`: registers a thread, at most, on NVIDIA's."""
 
     kernel: Any
     name: str
@@ -36,6 +35,7 @@ class Shipped:
     num_warps: int = 4
     num_stages: int = 1
     aligned: frozenset[str] = field(default_factory=frozenset)
+    maxnreg: int | None = None
 
 
 @triton.jit
@@ -67,6 +67,8 @@ def check(*tensors: Tensor | None) -> None:
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
     """Run a kernel on `device`, whichever is current, and count it."""
     launches[kernel.fn.__name__] += 1
+    if torch.version.hip:
+        options.pop("maxnreg", None)  # NVIDIA's only
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](*args, **options)
 

@@ -85,13 +85,15 @@ def look(index: int, name: str) -> Used:
     aligned = [i for i, (a, kind) in enumerate(signature.items()) if kind.startswith("*") or (a in c.aligned and kind != "constexpr")]
     constants = {a: value for a, value in c.constexprs.items() if a in signature}
     source = ASTSource(c.kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    about = f"{source.hash()} {name} {c.num_warps} {c.num_stages} {triton.__version__} {inspect.getsource(nvidia)} {inspect.getsource(amd)}"
+    options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
+    if c.maxnreg and chip.backend == "cuda":
+        options["maxnreg"] = c.maxnreg
+    about = f"{source.hash()} {name} {options} {triton.__version__} {inspect.getsource(nvidia)} {inspect.getsource(amd)}"
     kept = cache_folder() / "kernels" / "resources" / f"{hashlib.sha256(about.encode()).hexdigest()[:24]}.json"
     if kept.exists():
         return Used(*json.loads(kept.read_text()))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
-        options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
         binary = triton.compile(source, target=GPUTarget(chip.backend, chip.arch, chip.width), options=options)
         used = Used(*(nvidia if chip.backend == "cuda" else amd)(binary.asm, folder), binary.metadata.shared)
     kept.parent.mkdir(parents=True, exist_ok=True)

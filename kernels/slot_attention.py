@@ -189,6 +189,11 @@ def weights(tops, best):
 # Launching
 
 
+def registers(dtype: torch.dtype) -> int | None:
+    """What a thread may take, by ptxas, which without a limit spills a few bytes of the float32 forms to fit more blocks in."""
+    return 255 if dtype == torch.float32 else None
+
+
 def rows_together(t: Tensor) -> Tensor:
     """t, or a copy of it whose last dimension is contiguous."""
     return t if t.stride(-1) == 1 else t.contiguous()
@@ -247,7 +252,7 @@ def run(
     launch(
         slot_attention_kernel, (tiles, count, heads), q.device, q, q_pos, k, v, pos, a, b, spans, *parts, out, lse,
         *steps, G, T, R, slots, min(window or NONE, NONE), D**-0.5,
-        PAGE=PAGE, D=D, M=size.M, N=size.N, BLOCK_D=size.D, num_warps=size.warps, num_stages=1,
+        PAGE=PAGE, D=D, M=size.M, N=size.N, BLOCK_D=size.D, num_warps=size.warps, num_stages=1, maxnreg=registers(q.dtype),
     )  # fmt: skip
     if count > 1:
         whole = sums(1, not divide)
@@ -353,7 +358,7 @@ def shipped() -> Iterator[Shipped]:
             for name, none in absent.items():
                 about = f"{TYPES[dtype]}, D {D}, {size.M} rows, {name}"
                 aligned = frozenset(("kb", "kg", "ks", "vb", "vg", "vs"))
-                yield Shipped(slot_attention_kernel, about, given, sizes | dict.fromkeys(none), size.warps, 1, aligned)
+                yield Shipped(slot_attention_kernel, about, given, sizes | dict.fromkeys(none), size.warps, 1, aligned, registers(dtype))
         for name, none in merged.items():
             if name == "out" or dtype == torch.float32:  # sums are always float32
                 sizes = {"SPLITS": SPLITS, "D": D, "BLOCK_D": size.D}

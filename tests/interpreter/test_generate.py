@@ -35,7 +35,7 @@ METHODS = [
     "sinks:budget=128",
     "uniform:budget=128",
 ]
-OBSERVING = ("h2o", "snapkv", "tova", "subgen:budget")  # those that ask what was attended to
+OBSERVING = ("h2o", "snapkv", "tova", "subgen:")  # those that ask what was attended to
 PROMPT = "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse. " * 4
 
 
@@ -72,11 +72,11 @@ def test_tokens_are_the_eager_path_s(folder: Path, attn: str, capsys: pytest.Cap
 @pytest.mark.parametrize("family", ["mistral", "gpt_neox"])
 def test_other_families(tmp_path: Path, family: str) -> None:
     """A window of the model's own, and rotary embeddings of a part of the head: logits of a prompt and of steps, two sequences."""
-    folder = str(write_checkpoint(tmp_path, family, num_hidden_layers=2))
+    folder = str(write_checkpoint(tmp_path, family, num_hidden_layers=1))
     logits = []
     for backend in ("eager", "triton"):
         lm = zoo.load(folder, backend=backend, compile="off")
-        lm.attn = parse("subgen:budget=128")
+        lm.attn = parse("h2o:budget=128")
         ids = torch.randint(0, lm.config.vocab_size, (2, 142), generator=torch.Generator().manual_seed(1))
         cache = lm.new_cache(2)
         lm.prefill(ids[:, :139], cache, [139, 133])
