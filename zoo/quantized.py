@@ -56,7 +56,7 @@ class Int8Linear(Linear):
         if x.dtype == torch.float16:  # sums of products with numbers up to 127 exceed its range
             return F.linear(x, (self.weight * self.scale[:, None]).to(x.dtype), self.bias)
         rows = x.numel() // x.shape[-1]
-        if rows <= FEW and x.device.type == "cpu":
+        if rows <= FEW and x.device.type == "cpu" and not torch.compiler.is_compiling():  # Inductor cannot lower it for several rows
             y = torch.ops.aten._weight_int8pack_mm(x.reshape(rows, -1), self.weight, torch.ones_like(self.scale, dtype=x.dtype))
             y = y.view(*x.shape[:-1], -1)
         else:
