@@ -22,8 +22,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from zoo.kernels.launch import TYPES, Shipped, check, dot, launch, op
-from zoo.kernels.slot_attention import HEADS, NONE, PAGE, WIDEST, rows_together, strides
+from zoo.kernels.launch import TYPES, Shipped, check, dot, launch, op, rows_together, strides
+from zoo.kernels.slot_attention import HEADS, NONE, PAGE, WIDEST
 
 
 class Blocks(NamedTuple):

@@ -64,6 +64,16 @@ def check(*tensors: Tensor | None) -> None:
         raise RuntimeError(f"Triton kernels run on GPUs, not on {devices.pop()}; TRITON_INTERPRET=1 runs them on a CPU, for tests")
 
 
+def rows_together(t: Tensor) -> Tensor:
+    """t, or a copy of it whose last dimension is contiguous."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def strides(t: Tensor | None, of: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides along the first len(of) dimensions, 0 where one entry serves all."""
+    return tuple(0 if t is None or t.shape[i] < n else t.stride(i) for i, n in enumerate(of))
+
+
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
     """Run a kernel on `device`, whichever is current, and count it."""
     launches[kernel.fn.__name__] += 1

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from zoo.kernels.launch import TYPES, Shipped, check, dot, launch, op, rounded
+from zoo.kernels.launch import TYPES, Shipped, check, dot, launch, op, rounded, rows_together, strides
 
 PAGE = 32  # rows of a page, as in zoo/attention/slots.py
 HEADS = (64, 80, 96, 128, 256)  # head sizes that are compiled for four chips to see what they take; others run as well
@@ -194,16 +194,6 @@ def registers(dtype: torch.dtype) -> int | None:
     return 255 if dtype == torch.float32 else None
 
 
-def rows_together(t: Tensor) -> Tensor:
-    """t, or a copy of it whose last dimension is contiguous."""
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def strides(t: Tensor | None, of: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides along the first len(of) dimensions, 0 where one entry serves all."""
-    return tuple(0 if t is None or t.shape[i] < n else t.stride(i) for i, n in enumerate(of))
-
-
 def run(
     q: Tensor,
     q_pos: Tensor,
@@ -216,7 +206,7 @@ def run(
     slots: int,
     window: int,
     divide: bool,
-) -> list[Tensor | None]:
+) -> Any:
     """Both stages. k (B, G, S, D) and what belongs to it, or with spans (P PAGE, D); `slots` are those of the longest head. divide: out and
     its log-sum-exp, else num (B G, 1, R T, D), max_num, den, max_den (B G, 1, R T); None where there is no such thing."""
     check(q, q_pos, k, v, pos, a, b, spans)
@@ -231,8 +221,7 @@ def run(
     k, pos = rows_together(k), rows_together(pos)
     v, a, b = (None if t is None else rows_together(t) for t in (v, a, b))
     size = blocks(D, q.dtype, R * T)
-    tiles = triton.cdiv(R * T, size.M)
-    count = splits(heads, tiles, slots)
+    count = splits(heads, tiles := triton.cdiv(R * T, size.M), slots)
 
     def new(*shape: int, needed: bool = True, dtype: torch.dtype = torch.float32) -> Tensor | None:
         return torch.empty(shape, dtype=dtype, device=q.device) if needed else None
@@ -261,15 +250,12 @@ def run(
             SPLITS=SPLITS, D=D, BLOCK_D=size.D, num_warps=2, num_stages=1,
         )  # fmt: skip
         parts = whole
-    return [out, lse] if divide else parts
+    return (out, lse) if divide else parts
 
 
 @op("slot_attention_triton")
 def _slot_attention(q: Tensor, q_pos: Tensor, k: Tensor, v: Tensor, pos: Tensor, a: Tensor | None, window: int) -> tuple[Tensor, Tensor]:
-    out, lse = run(q, q_pos, k, v, pos, a, None, None, k.shape[2], window, divide=True)
-    assert out is not None
-    assert lse is not None
-    return out, lse
+    return run(q, q_pos, k, v, pos, a, None, None, k.shape[2], window, divide=True)
 
 
 @op("page_attention_triton")
@@ -277,10 +263,7 @@ def _page_attention(
     q: Tensor, q_pos: Tensor, k: Tensor, v: Tensor, pos: Tensor, a: Tensor, spans: Tensor, longest: int, window: int
 ) -> tuple[Tensor, Tensor]:
     k, v, pos, a = (t.flatten(0, 1) for t in (k, v, pos, a))
-    out, lse = run(q, q_pos, k, v, pos, a, None, spans, longest * PAGE, window, divide=True)
-    assert out is not None
-    assert lse is not None
-    return out, lse
+    return run(q, q_pos, k, v, pos, a, None, spans, longest * PAGE, window, divide=True)
 
 
 @op("slot_parts_triton")
@@ -288,18 +271,12 @@ def _slot_parts(
     q: Tensor, q_pos: Tensor, k: Tensor, v: Tensor | None, pos: Tensor, a: Tensor | None, b: Tensor | None, window: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num, top, den, top_b = run(q, q_pos, k, v, pos, a, b, None, k.shape[2], window, divide=False)
-    assert top is not None
-    assert den is not None
     num = q.new_empty(*q.shape[:3], 0, dtype=torch.float32) if num is None else num.view(q.shape)
     top, den = top.view(q.shape[:3]), den.view(q.shape[:3])
     return num, top, den, top.clone() if top_b is None else top_b.view(q.shape[:3])  # an operator's outputs share no memory
 
 
 @_slot_attention.register_fake
-def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
 @_page_attention.register_fake
 def _(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)

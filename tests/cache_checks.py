@@ -13,8 +13,6 @@ from torch import Tensor
 from zoo.attention.store import SlotStore
 from zoo.models.layers import Rope, Rotary, YarnScaling, turn
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 # Rotary embedding and write
 
 YARN = YarnScaling(factor=4.0, original_max_position_embeddings=64, attention_factor=1.2)

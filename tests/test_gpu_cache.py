@@ -12,8 +12,8 @@ from typing import Any
 import cache_checks as checks
 import pytest
 import torch
-from cache_checks import DTYPES, NEAREST, ROTARY
-from kernel_checks import SHAPES, allowed, close, make, paged, wide
+from cache_checks import NEAREST, ROTARY
+from kernel_checks import DTYPES, SHAPES, allowed, close, make, paged, wide
 
 from zoo.attention import flex
 from zoo.attention.backends import as_parts, kernels
