@@ -1,9 +1,9 @@
 """python -m zoo.kernels.resources: compile every configuration that the Triton kernels ship in, for four chips, and read off what it takes.
 
-No GPU is needed: the binaries are real (cubin for sm_80, sm_90 and sm_100, hsaco for gfx942), only nobody runs them. Registers, spills and
-stack are what `ptxas -v` says of the PTX, and the metadata in AMD's assembly. Prints a Markdown table, one row a kernel and tile, of which
-the worst of its variants (with or without log-weights, dense or in pages) counts. Exit code 1 where a vector register is spilled, scratch
-memory is used, or a block wants more shared memory than the chip has.
+No GPU is needed: the binaries are real (cubin for sm_80, sm_90 and sm_100, hsaco for gfx942), only nobody runs them. Registers, spills
+and stack are what ptxas says as it makes the binary, and the metadata in AMD's assembly. Prints a Markdown table, one row a kernel and
+tile, of which the worst of its variants (with or without log-weights, dense or in pages) counts. Exit code 1 where a vector register is
+spilled, scratch memory is used, or a block wants more shared memory than the chip has.
 
 Results are kept by source, so that a second run takes seconds.
 """
@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import hashlib
 import importlib
 import inspect
+import io
 import json
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -94,8 +95,10 @@ def look(index: int, name: str) -> Used:
         return Used(*json.loads(kept.read_text()))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
-        binary = triton.compile(source, target=GPUTarget(chip.backend, chip.arch, chip.width), options=options)
-        used = Used(*(nvidia if chip.backend == "cuda" else amd)(binary.asm, folder), binary.metadata.shared)
+        triton.knobs.nvidia.dump_ptxas_log = True
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            binary = triton.compile(source, target=GPUTarget(chip.backend, chip.arch, chip.width), options=options)
+        used = Used(*(nvidia(said.getvalue()) if chip.backend == "cuda" else amd(binary.asm["amdgcn"])), binary.metadata.shared)
     kept.parent.mkdir(parents=True, exist_ok=True)
     part = kept.with_suffix(f".{os.getpid()}")
     part.write_text(json.dumps(used))
@@ -103,30 +106,21 @@ def look(index: int, name: str) -> Used:
     return used
 
 
-def nvidia(asm: Any, folder: str) -> tuple[int, int]:
-    """Registers, and bytes of stack and spills, by ptxas."""
-    import triton
-
-    arch = re.search(r"\.target (\w+)", asm["ptx"])
-    assert arch is not None
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
-    file = Path(folder, "kernel.ptx")
-    file.write_text(asm["ptx"])
-    ptxas = tools / ("ptxas" if arch[1] == "sm_80" else "ptxas-blackwell")
-    command = [str(ptxas), "-v", f"-arch={arch[1]}", str(file), "-o", str(Path(folder, "kernel.cubin"))]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+def nvidia(said: str) -> tuple[int, int]:
+    """Registers, and bytes of stack and spills, by what ptxas said when it made the binary."""
     stack, registers = re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", said), re.search(r"Used (\d+) registers", said)
-    assert registers is not None
-    assert len(stack) == 3, said
+    if registers is None or len(stack) != 3:
+        raise RuntimeError(f"ptxas does not say what the binary takes: {said!r}")
     return int(registers[1]), sum(map(int, stack))
 
 
-def amd(asm: Any, folder: str) -> tuple[int, int]:
+def amd(assembly: str) -> tuple[int, int]:
     """Vector registers (accumulation registers among them), and bytes of scratch and of spilled vector registers, by the metadata."""
 
     def number(name: str) -> int:
-        found = re.search(rf"\.{name}:\s*(\d+)", asm["amdgcn"])
-        assert found is not None, name
+        found = re.search(rf"\.{name}:\s*(\d+)", assembly)
+        if found is None:
+            raise RuntimeError(f"the assembly does not say its {name}")
         return int(found[1])
 
     return number("vgpr_count"), number("private_segment_fixed_size") + 4 * number("vgpr_spill_count")
