@@ -115,6 +115,13 @@ Seen look(const int32_t* pos, int64_t count, int64_t wanted) {
   return {low, high, last < 0x80000000 && count == wanted};
 }
 
+// Rows of a block up to the last that holds a token: no row behind it is touched, whatever a store has reserved
+int64_t held(const Run& h, int64_t first, int64_t most) {
+  int64_t count = std::min(most, h.slots - first);
+  while (count > 0 && h.pos[first + count - 1] < 0) count--;
+  return count;
+}
+
 // Few rows
 
 template <class K>
@@ -186,8 +193,7 @@ void few(const Call& c) {
       std::vector<float> num(M * D);
       for (int64_t m = 0; m < M; m++) part[m * width + D] = NONE, part[m * width + D + 1] = 0;
       for (int64_t s = first, end = std::min(first + CHUNK, h.slots); s < end; s += BLOCK) {
-        int64_t count = std::min(BLOCK, end - s);
-        while (count > 0 && h.pos[s + count - 1] < 0) count--;  // rows that wait for tokens are not read
+        const int64_t count = held(h, s, BLOCK);
         const K *k = static_cast<const K*>(h.k) + s * h.row, *v = static_cast<const K*>(h.v) + s * h.row;
         const Seen seen = look(h.pos + s, count, BLOCK);
         if (seen.hidden(low, high, c.window)) continue;
@@ -274,11 +280,30 @@ void pack_values(const bf16* v, int64_t row, int64_t count, int64_t D, uint32_t*
   }
 }
 
-struct Packed {  // a head's blocks of keys and values as the GEMM wants them
+struct Packed {  // a head's blocks of keys and values as the GEMM wants them: those that some query may see
   std::vector<uint32_t> k, v;
   std::vector<Task> blocks;
+  std::vector<int64_t> count;  // rows of each, up to the last that holds a token
   std::vector<Seen> seen;
 };
+
+std::vector<Packed> choose(const Call& c) {
+  std::vector<Packed> packed(c.B * c.G);
+  for (const Task& block : cut(c, COLUMNS)) {
+    const Run& h = *block.run;
+    const int64_t* at = c.at + block.head / c.G * c.T;
+    const int64_t count = held(h, block.first, COLUMNS);
+    int64_t oldest = std::numeric_limits<int64_t>::max(), newest = -1;
+    for (int64_t t = 0; t < c.T; t++)
+      if (at[t] >= 0) oldest = std::min(oldest, at[t]), newest = std::max(newest, at[t]);
+    const Seen seen = look(h.pos + block.first, count, COLUMNS);
+    if (seen.hidden(oldest, newest, c.window)) continue;
+    Packed& to = packed[block.head];
+    to.blocks.push_back(block), to.count.push_back(count), to.seen.push_back(seen);
+  }
+  for (Packed& to : packed) to.k.resize(to.seen.size() * c.D / 2 * COLUMNS), to.v.resize(to.seen.size() * COLUMNS / 2 * c.D);
+  return packed;
+}
 
 // x (rows, COLUMNS) = q k of a block: log-weights are added, in units of 1 / scale, and what a query may not see becomes -inf
 void mask(float* x, const Run& h, int64_t s, int64_t count, const int64_t* at, int64_t rows, int64_t window, const Seen& seen,
@@ -317,12 +342,7 @@ bool probe() {  // throws here, where that is an error, if the library has no su
 void many(const Call& c) {
   const int64_t M = c.rows(), D = c.D, tiles = (M + ROWS - 1) / ROWS, heads = c.B * c.G;
   const float scale = 1 / std::sqrt(float(D));
-  std::vector<Packed> packed(heads);
-  for (const Task& block : cut(c, COLUMNS)) packed[block.head].blocks.push_back(block);
-  for (int64_t head = 0; head < heads; head++) {
-    const int64_t n = packed[head].blocks.size();
-    packed[head].k.resize(n * D / 2 * COLUMNS), packed[head].v.resize(n * COLUMNS / 2 * D), packed[head].seen.resize(n);
-  }
+  std::vector<Packed> packed = choose(c);
 #pragma omp parallel
   {
     std::vector<float> x(ROWS * COLUMNS), num(ROWS * D), max(ROWS), den(ROWS);
@@ -333,10 +353,9 @@ void many(const Call& c) {
 #pragma omp for nowait
       for (int64_t i = 0; i < int64_t(to.seen.size()); i++) {
         const Run& h = *to.blocks[i].run;
-        const int64_t s = to.blocks[i].first, count = std::min(COLUMNS, h.slots - s);
-        pack_keys(static_cast<const bf16*>(h.k) + s * h.row, h.row, count, D, &to.k[i * D / 2 * COLUMNS]);
-        pack_values(static_cast<const bf16*>(h.v) + s * h.row, h.row, count, D, &to.v[i * COLUMNS / 2 * D]);
-        to.seen[i] = look(h.pos + s, count, COLUMNS);
+        const int64_t s = to.blocks[i].first;
+        pack_keys(static_cast<const bf16*>(h.k) + s * h.row, h.row, to.count[i], D, &to.k[i * D / 2 * COLUMNS]);
+        pack_values(static_cast<const bf16*>(h.v) + s * h.row, h.row, to.count[i], D, &to.v[i * COLUMNS / 2 * D]);
       }
     }
 #pragma omp barrier
@@ -349,7 +368,7 @@ void many(const Call& c) {
         const Seen& seen = packed[head].seen[i];
         if (seen.hidden(low, high, c.window)) continue;
         const Run& h = *packed[head].blocks[i].run;
-        const int64_t s = packed[head].blocks[i].first, count = std::min(COLUMNS, h.slots - s);
+        const int64_t s = packed[head].blocks[i].first, count = packed[head].count[i];
         at::native::cpublas::brgemm(ROWS, COLUMNS, D, D, COLUMNS, COLUMNS, false, q.data(),
                                     reinterpret_cast<const bf16*>(&packed[head].k[i * D / 2 * COLUMNS]), x.data(), true);
         mask(x.data(), h, s, count, at.data(), rows, c.window, seen, scale);
@@ -399,8 +418,7 @@ void few_mass(const Call& c, const float* weights) {  // (B, T): how much a quer
       const auto [head, run, s] = tasks[i];
       const Run& h = *run;
       const int64_t* at = c.at + head / c.G * c.T;
-      int64_t count = std::min(BLOCK, h.slots - s);
-      while (count > 0 && h.pos[s + count - 1] < 0) count--;
+      const int64_t count = held(h, s, BLOCK);
       if (look(h.pos + s, count, BLOCK).hidden(*std::min_element(at, at + c.T), *std::max_element(at, at + c.T), c.window)) continue;
       if (have != head) read_queries(c, head, q.data()), have = head;
       const K* k = static_cast<const K*>(h.k) + s * h.row;
@@ -435,7 +453,7 @@ void many_mass(const Call& c, const float* weights) {
     for (size_t i = 0; i < tasks.size(); i++) {
       const auto [head, run, s] = tasks[i];
       const Run& h = *run;
-      const int64_t count = std::min(COLUMNS, h.slots - s);
+      const int64_t count = held(h, s, COLUMNS);
       const Seen seen = look(h.pos + s, count, COLUMNS);
       if (seen.high < 0) continue;  // nothing here
       pack_keys(static_cast<const bf16*>(h.k) + s * h.row, h.row, count, D, k.data());
