@@ -29,7 +29,7 @@ demo: $(VENV)/demo.stamp
 	@cat docs/design.md docs/demo.txt | $(RUN) -m zoo.generate --attn subgen --max-new-tokens 60 --repetition-penalty 1.15 -
 
 test: $(VENV)/test.stamp
-	$(RUN) -m pytest -n auto
+	$(RUN) -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/dev.stamp
 	$(RUN) -m ruff check .

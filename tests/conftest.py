@@ -63,6 +63,11 @@ NEOX: dict[str, Any] = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first, so that no process is left alone with them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def llama_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Tensor names and shapes of a Llama checkpoint with this config.json."""
     C, I, V = c["hidden_size"], c["intermediate_size"], c["vocab_size"]
