@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.attention.backends import Kernels, attention, kernels
+from zoo.attention.backends import Kernels, attention, flashes, kernels
 from zoo.attention.cache import Cache, round_up
 from zoo.attention.slots import (
     PAGE,
@@ -89,7 +89,7 @@ class BudgetedCache(Cache):
         """The output for queries whose keys have been written."""
         tail = self.store.read(self.window)
         kernel = kernels(self.backend, q, tail.k.shape[1])
-        fused = kernel is None and not torch.compiler.is_compiling() and q.device.type == "cpu" and self.backend != "eager"
+        fused = kernel is None and flashes(self.backend, q)
         some = torch.compiler.is_compiling() or any(self.pages.count[self.index])  # a compiled step always asks for both
         observing = self.method.observes > 0 and self.store.mass is not None
         if not some and not observing:
