@@ -989,6 +989,14 @@ def test_no_compiler(tiny: Path, lm: zoo.LM, tmp_path: Path) -> None:
     assert "compiled" not in rest
 
 
+def test_flex_without_a_compiler(tiny: Path, tmp_path: Path) -> None:
+    """FlexAttention is compiled at its first call: said before, and in one line."""
+    env = {**{k: v for k, v in ENV.items() if k != "CXX"}, "PATH": str(tmp_path)}
+    done = shell("-m", "zoo.generate", "--model", tiny, PROMPT, "--backend", "flex", env=env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: backend 'flex' cannot be used: PyTorch compiles its kernels, and there is no C++ compiler (g++)\n"
+
+
 def test_chat_repetition_penalty_counts_the_whole_conversation(tiny: Path) -> None:
     """Continuing a cache with its tokens as context answers as reading everything at once does, and chat passes every token it has read."""
     lm = zoo.load(str(tiny), dtype="float32", compile="off")

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from zoo.attention.backends import NAMES
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def parser(module: str, description: str) -> Parser:
     p.add_argument("--device", default="cpu")
     p.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="torch.compile the decode step; auto: where it pays")
     p.add_argument("--weights", metavar="FORMAT", help="int8: linear layers in another format than the file's (needs the extra `quant`)")
-    p.add_argument("--backend", default="auto", help="how attention is computed: auto, eager, sdpa, cpp, triton, flex")
+    p.add_argument("--backend", default="auto", help=f"how attention is computed: {', '.join(NAMES)}")
     p.add_argument("--threads", type=int, help="CPU threads; PyTorch's choice unless given")
     p.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
     p.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from zoo import checkpoint, hub
 from zoo.attention import Attention, parse
-from zoo.attention.backends import BACKENDS, choose
+from zoo.attention.backends import choose, cpu_kernels
 from zoo.attention.cache import Caches
 from zoo.compiled import Step
 from zoo.errors import ZooError
@@ -62,12 +62,10 @@ class LM:
         compile: str | bool = "auto",
         backend: str = "auto",
     ) -> None:
-        if backend not in ("auto", *BACKENDS):
-            raise ZooError(f"backend {backend!r} is unknown; choose one of auto, {', '.join(BACKENDS)}")
         self.model, self.config, self.tokenizer = model, model.config, tokenizer
         self.attn, self.end_ids = attn, end_ids
         self.backend = choose(backend, self.device, self.dtype, self.config.head_dim)
-        use_kernels(model, self.backend == "cpp")
+        use_kernels(model, cpu_kernels(self.device, self.dtype))
         kinds = sorted({str(p.dtype) for p in model.parameters()})
         self.step = Step(model, compile, f"{type(model).__name__} {model.config} {kinds} {self.backend}")
         self.stats = Stats()
@@ -302,8 +300,9 @@ def load(
     """A model by name (zoo.models()), hub id or folder, ready to generate.
 
     attn: `name:option=value,...` (zoo.attentions()). dtype: as in the file unless given (bfloat16, float16, float32). compile: auto, on or
-    off. backend: how attention is computed (auto, eager, sdpa, cpp, triton, flex). weights: None, as in the file, or int8 (extra `quant`).
-    Raises ZooError with one line that says what to do.
+    off. weights: None, as in the file, or int8 (extra `quant`). backend: how attention is computed, `eager`, `sdpa`, `cpp` (CPU kernels),
+    `triton` (GPU kernels), `flex` (FlexAttention), or `auto`: cpp on a CPU and triton, else flex, on a GPU, where they can be used. Raises
+    ZooError with one line that says what to do.
     """
     method = parse(attn)
     check(weights)

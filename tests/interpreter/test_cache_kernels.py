@@ -18,7 +18,7 @@ from torch import Tensor
 from zoo.kernels import launch, nearest, rotary_store
 
 import zoo
-from zoo.attention import clustering, parse
+from zoo.attention import backends, clustering, parse
 from zoo.attention.full import FullCache
 from zoo.attention.subgen import SubGen
 from zoo.models.layers import Rope, Rotary
@@ -197,17 +197,18 @@ def test_clusterings_agree() -> None:
     x = torch.randn(2, 2, 90, 6, generator=g)
     x[:, :, 40:50] = x[:, :, :10]  # equal points
     alive, most = torch.rand(2, 2, 90, generator=g) > 0.2, torch.tensor([[9, 20], [1, 14]])
+    by_kernel = backends.clustering("triton", torch.device("cpu"), torch.float32)
     calls: list[Any] = [
-        lambda kernel: clustering.coverage(x, alive, most, x[..., 0], most // 4, kernel),
-        lambda kernel: clustering.cover(x, alive, 2.0, most, kernel),
-        lambda kernel: clustering.k_center(x, alive, most, kernel),
+        lambda by: clustering.coverage(x, alive, most, x[..., 0], most // 4, by),
+        lambda by: clustering.cover(x, alive, 2.0, most, by),
+        lambda by: clustering.k_center(x, alive, most, by),
     ]
     for call in calls:
         launch.launches.clear()
-        both = [out if isinstance(out, tuple) else (out,) for out in (call(False), call(True))]
+        both = [out if isinstance(out, tuple) else (out,) for out in (call(None), call(by_kernel))]
         assert launch.launches["assign"] > 0
         assert all(torch.equal(mine, kernel) for mine, kernel in zip(*both, strict=True))
-    (counts, found), (counts_k, found_k) = (clustering.radii(x, alive, most, kernel) for kernel in (False, True))
+    (counts, found), (counts_k, found_k) = (clustering.radii(x, alive, most, by) for by in (None, by_kernel))
     assert torch.equal(counts, counts_k)
     assert (found - found_k).abs().max() < 1e-4
 

@@ -1,10 +1,15 @@
-"""How attention over slots is computed: one table, one choice.
+"""What computes attention and clustering: one table, one choice. Nothing else in zoo asks for a backend by its name.
 
+    auto    on a GPU triton, else flex; on a CPU cpp; where none of them can be used, sdpa, and in a compiled step the formula
     eager   the formula (slots.py)      sdpa   PyTorch's fused kernel      cpp   the CPU kernels (kernels/cpu.py)
-    triton  the GPU kernels (kernels/slot_attention.py, column_mass.py)      flex   PyTorch's FlexAttention (flex.py)
+    triton  the GPU kernels (kernels/slot_attention.py, column_mass.py, rotary_store.py, nearest.py)
+    flex    PyTorch's FlexAttention (flex.py)
 
-A new form is a function with the signature of `slot_attention`, an entry of BACKENDS, and a line in `choose` that says when
-`auto` takes it. One that has kernels for pages and for masses, too, names them in `kernels`.
+A new form is a function with the signature of `slot_attention` and an entry of BACKENDS; of UNABLE, where it is not for every machine; and
+of `auto` in `choose`. What it has kernels for, it names in `kernels` (pages, masses), `parts`, `rotates` and `clustering`.
+
+The CPU kernels for linear layers and for merging are no form of attention: whatever the backend, they run where they are loaded and made
+for the model's device and dtype (`cpu_kernels`).
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from zoo.attention.clustering import TIE, rounded, sums, ward
 from zoo.attention.slots import PagedSlots, Parts, Slots, blend, finish, sdpa, slot_attention, slot_parts
 from zoo.errors import ZooError
 from zoo.folders import cache_folder
@@ -75,7 +81,9 @@ def triton_parts(q: Tensor, q_pos: Tensor, slots: Slots) -> Parts:
 
 
 def parts(q: Tensor, q_pos: Tensor, slots: Slots, backend: str) -> Parts:
-    """`slot_parts`, by the kernels of a backend that has some for it."""
+    """`slot_parts`, by the kernels of a backend that has some for it. Raises ZooError for `sdpa`, which has none."""
+    if backend == "sdpa":
+        raise ZooError("backend 'sdpa' cannot weigh numerator and denominator apart, as subgen_paper does; use backend 'eager'")
     return (triton_parts if backend == "triton" else slot_parts)(q, q_pos, slots)
 
 
@@ -136,33 +144,63 @@ def as_parts(answer: tuple[Tensor, Tensor], heads: int) -> Parts:
     return Parts(out.to(lse.dtype).view(B, heads, H // heads, T, D), lse, (lse > -torch.inf).to(lse.dtype), lse)
 
 
-BACKENDS: dict[str, Any] = {"eager": slot_attention, "sdpa": sdpa, "cpp": cpp, "triton": triton, "flex": flex}
+class Clustering(NamedTuple):
+    """What clusters are found and made by: functions of clustering.py, or kernels in their place. nearest: that of kernels/nearest.py, or
+    None, where matrix products of PyTorch do it."""
+
+    nearest: Callable[..., tuple[Tensor, ...]] | None
+    sums: Callable[..., tuple[Tensor, list[Tensor]]]
+    ward: Callable[..., Tensor]
+    rounded: Callable[..., Tensor]
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The backend by name. `auto`, on a CPU: its kernels, where they can be built and are made for such heads. On a GPU: Triton, where it
-    is installed and the device has what the kernels are compiled for; else FlexAttention, and SDPA without Triton, which that needs. Raises
-    ZooError where a named one cannot be used."""
-    if backend == "triton" and (why := no_triton(device, dtype, head_dim)):
-        raise ZooError(f"backend 'triton' cannot be used: {why}")
-    if backend == "auto" and device.type == "cuda":
-        if no_triton(device, dtype, head_dim):
-            return "sdpa" if importlib.util.find_spec("triton") is None else "flex"
-        return "triton"
-    if backend not in ("auto", "cpp"):
-        return backend
+def clustering(backend: str, device: torch.device, dtype: torch.dtype) -> Clustering:
+    """For a cache of keys and values of this dtype. The GPU kernels belong to their backend."""
+    found = Clustering(None, sums, ward, rounded)
+    if backend == "triton":
+        from zoo.kernels.nearest import nearest
+
+        found = found._replace(nearest=nearest, sums=triton_sums)
+    if cpu_kernels(device, dtype):
+        from zoo.kernels import cpu
+
+        found = found._replace(ward=functools.partial(cpu.ward, tie=TIE), rounded=cpu.rounded if dtype == torch.bfloat16 else rounded)
+    return found
+
+
+def triton_sums(label: Tensor, weight: Tensor, chosen: Tensor, size: int, *values: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """`sums` of clustering.py by the GPU kernel, two of the values at a time."""
+    from zoo.kernels.nearest import cluster_sums
+
+    label, weight, out = label.int(), weight.contiguous(), list[Tensor]()
+    for i in range(0, len(values), 2):
+        _, total, *some = cluster_sums(label, size, weight, weight, *(t.contiguous() for t in values[i : i + 2]))
+        out += [t.flatten(0, 2)[chosen] for t in some[: len(values) - i]]
+    return total.flatten()[chosen, None], out
+
+
+def cpu_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the CPU kernels for linear layers and for merging are loaded and made for such a model."""
+    return device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and kernels_ready()
+
+
+def rotates(backend: str) -> bool:
+    """Whether a kernel rotates queries and keys and writes a cache at once: that of kernels/rotary_store.py."""
+    return backend == "triton"
+
+
+def flashes(backend: str, q: Tensor) -> bool:
+    """Whether parts that have no kernels run through PyTorch's fused one, which gives a log-sum-exp on CPUs, and not in a compiled step."""
+    return backend != "eager" and q.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def no_cpp(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the CPU kernels cannot be used here, or None."""
     from zoo.kernels import cpu
 
-    made = cpu.covers(device, dtype, head_dim, 1)
-    if made and kernels_ready():
-        return "cpp"
-    if backend == "cpp":
-        if made:
-            raise ZooError("backend 'cpp' cannot be used: its kernels could not be built, for the reason in the line above")
-        raise ZooError(
-            f"backend 'cpp' is made for float32 or bfloat16 on a CPU, and heads of a multiple of 16; here: {dtype} on {device}, {head_dim}"
-        )
-    return "auto"
+    if not cpu.covers(device, dtype, head_dim, 1):
+        return f"its kernels are made for float32 or bfloat16 on a CPU, heads of a multiple of 16; here: {dtype} on {device}, {head_dim}"
+    return None if kernels_ready() else "its kernels could not be built, for the reason in the line above"
 
 
 def no_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -179,6 +217,33 @@ def no_triton(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | 
     if dtype not in (torch.float32, torch.bfloat16, torch.float16) or head_dim > WIDEST:
         return f"its kernels are made for float32, bfloat16 and float16, and heads of at most {WIDEST}; here: {dtype}, {head_dim}"
     return None
+
+
+def no_flex(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why FlexAttention, which PyTorch compiles, cannot be used here, or None."""
+    from zoo.compiled import missing_tool
+
+    if device.type == "cuda":
+        return "the package triton is not installed" if importlib.util.find_spec("triton") is None else None
+    return f"PyTorch compiles its kernels, and there is {lacking}" if (lacking := missing_tool()) else None
+
+
+BACKENDS: dict[str, Any] = {"eager": slot_attention, "sdpa": sdpa, "cpp": cpp, "triton": triton, "flex": flex}
+UNABLE = {"cpp": no_cpp, "triton": no_triton, "flex": no_flex}
+NAMES = ("auto", *BACKENDS)
+
+
+def choose(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """The backend by name, for a model. `auto`: the first of the device's own that can be used, else `auto` itself (`attention`). Raises
+    ZooError for a name that is unknown or cannot be used."""
+    if backend not in NAMES:
+        raise ZooError(f"backend {backend!r} is unknown; choose one of {', '.join(NAMES)}")
+    if backend == "auto":
+        own = ("triton", "flex") if device.type == "cuda" else ("cpp",)
+        return next((name for name in own if not UNABLE[name](device, dtype, head_dim)), "auto")
+    if backend in UNABLE and (why := UNABLE[backend](device, dtype, head_dim)):
+        raise ZooError(f"backend {backend!r} cannot be used: {why}")
+    return backend
 
 
 def attention(q: Tensor, q_pos: Tensor, slots: Slots, backend: str = "auto") -> Tensor:

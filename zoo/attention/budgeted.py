@@ -243,6 +243,14 @@ class BudgetedCaches(Caches):
         hint = self.prompt_tokens if self.method.budget.percent else None
         return super().kind() + (f", prompt_tokens={hint}" if hint else "")
 
+    def reserve(self, pos: Tensor) -> None:
+        super().reserve(pos)
+        # Asked in every layer, a GPU would have to answer before the next one is begun.
+        looks = self.prompt_open or self.method.observes <= 1 or bool(self[0].counted(pos)[0].any())
+        if looks != self[0].looks:
+            for cache in self:
+                cache.looks = looks
+
     def make_room(self, ends: Tensor, most: int | None) -> None:
         if not self.holding:  # no tail outgrows the budget: a sequence is compressed when it gets there
             ends, most = torch.minimum(ends, self.held), int(self.held.max())

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo.attention.backends import attention
+from zoo.attention.backends import attention, rotates
 from zoo.attention.slots import Slots
 from zoo.attention.store import SlotStore
 from zoo.errors import ZooError
@@ -73,7 +73,7 @@ class Cache(nn.Module):
 
     def rotates(self, tokens: int) -> bool:
         """Whether `attend_rotating` takes calls of this many tokens. A method with an `attend` of its own gets them rotated."""
-        return self.backend == "triton" and type(self).attend is Cache.attend
+        return rotates(self.backend) and type(self).attend is Cache.attend
 
     def attend_rotating(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """`attend` of q and k before the rotary embedding, whose cos and sin are (B, 1, T, n): one kernel rotates and writes."""

@@ -1,22 +1,28 @@
 """Clustering as SubGen needs it: many heads at once, each with its own number of clusters, and no loop over points.
 
 Letters: B batch, G heads, N points of a head, F features of a point, M clusters of the head that has most. Points that are not alive take
-part in nothing. Numbers of clusters are tensors (B, G). kernel: distances by the Triton kernel (kernels/nearest.py).
+part in nothing. Numbers of clusters are tensors (B, G). by: where `nearest` is a kernel, distances are its own (backends.py).
 
     coverage    centres that leave no point far from one: greedy farthest point, many at a time
     cover       as many of them as a given radius takes
     radii       how the farthest point's distance falls with the number of centres: what one global delta is read from
     k_center    greedy farthest point to the letter, one centre at a time
     ward        merging, cheapest pair first, until few enough clusters are left
+    sums        what the points of clusters add up to
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from zoo import random
+
+if TYPE_CHECKING:
+    from zoo.attention.backends import Clustering
 
 ROUNDS = 12  # how often `coverage` looks which points are far
 TIE = 1e-4  # of the largest squared norm: points this close to a centre count as being on it, so that rounding decides nothing
@@ -34,8 +40,8 @@ def principal(x: Tensor, alive: Tensor, size: int) -> Tensor:
 class Centres:
     """Centres chosen so far; for each point its nearest centre, and the squared distance to it."""
 
-    def __init__(self, x: Tensor, alive: Tensor, kernel: bool = False) -> None:
-        self.x, self.square, self.alive, self.kernel = x, x.square().sum(-1), alive, kernel
+    def __init__(self, x: Tensor, alive: Tensor, by: Clustering | None = None) -> None:
+        self.x, self.square, self.alive, self.nearest = x, x.square().sum(-1), alive, by and by.nearest
         self.tie = TIE * (self.square * alive).amax(-1, keepdim=True)
         self.dist = torch.where(alive, torch.inf, -torch.inf)  # -inf also marks a centre: it is never chosen again
         self.label = torch.full(alive.shape, -1, dtype=torch.int64, device=x.device)
@@ -59,10 +65,8 @@ class Centres:
         """Open centres at points picks (B, G, C) where valid (B, G, C); valid ones come first. Points join the nearest."""
         centres, square = row(self.x, picks), self.square.gather(2, picks)
         B, G, N, F = self.x.shape
-        if self.kernel:
-            from zoo.kernels.nearest import nearest
-
-            which, best, *_ = nearest(self.x.contiguous(), centres, self.alive.contiguous(), valid.contiguous())
+        if self.nearest:
+            which, best, *_ = self.nearest(self.x.contiguous(), centres, self.alive.contiguous(), valid.contiguous())
         else:
             square = torch.where(valid, square, torch.inf)
             d = torch.baddbmm(square.view(B * G, 1, -1), self.x.reshape(B * G, N, F), centres.view(B * G, -1, F).mT, alpha=-2)
@@ -96,10 +100,10 @@ class Centres:
         self.add(index.gather(2, order), (rank[: order.shape[2]] < want[..., None]) & good.gather(2, order))
 
 
-def coverage(x: Tensor, alive: Tensor, clusters: Tensor, first: Tensor, starts: Tensor, kernel: bool = False) -> Tensor:
+def coverage(x: Tensor, alive: Tensor, clusters: Tensor, first: Tensor, starts: Tensor, by: Clustering | None = None) -> Tensor:
     """Labels (B, G, N) int64 from 0, -1 where not alive: each point's nearest of `clusters` (B, G) centres. starts (B, G) of them are the
     points of largest `first` (B, G, N), the others far ones. With no more points than clusters each is its own."""
-    c = Centres(x, alive, kernel)
+    c = Centres(x, alive, by)
     if int(clusters.max()) < 1:
         return c.label
     starts = torch.minimum(starts.clamp(min=1), clusters)
@@ -115,10 +119,10 @@ def coverage(x: Tensor, alive: Tensor, clusters: Tensor, first: Tensor, starts: 
     return torch.where(alive, c.label, -1)
 
 
-def cover(x: Tensor, alive: Tensor, radius: float, most: Tensor, kernel: bool = False) -> tuple[Tensor, Tensor]:
+def cover(x: Tensor, alive: Tensor, radius: float, most: Tensor, by: Clustering | None = None) -> tuple[Tensor, Tensor]:
     """As many centres as it takes to have no point farther than `radius` from one, but no more than most (B, G): labels (B, G, N) from 0,
     -1 where not alive, and the numbers of centres (B, G)."""
-    c = Centres(x, alive, kernel)
+    c = Centres(x, alive, by)
     picks = alive.to(torch.uint8).argmax(-1, keepdim=True)
     c.add(picks, alive.gather(2, picks) & (most > 0)[..., None])
     while True:
@@ -129,10 +133,10 @@ def cover(x: Tensor, alive: Tensor, radius: float, most: Tensor, kernel: bool = 
         c.spread(want, radius)
 
 
-def radii(x: Tensor, alive: Tensor, most: Tensor, kernel: bool = False) -> tuple[Tensor, Tensor]:
+def radii(x: Tensor, alive: Tensor, most: Tensor, by: Clustering | None = None) -> tuple[Tensor, Tensor]:
     """How far the farthest point is from 1, 9, 17, ... centres, growing by two fifths a time, up to most (B, G): (centres (B, G, K) float,
     radii (B, G, K))."""
-    c = Centres(x, alive, kernel)
+    c = Centres(x, alive, by)
     picks = alive.to(torch.uint8).argmax(-1, keepdim=True)
     c.add(picks, alive.gather(2, picks))
     counts, found = [], []
@@ -145,10 +149,10 @@ def radii(x: Tensor, alive: Tensor, most: Tensor, kernel: bool = False) -> tuple
         c.spread(want)
 
 
-def k_center(x: Tensor, alive: Tensor, most: Tensor, kernel: bool = False) -> tuple[Tensor, Tensor]:
+def k_center(x: Tensor, alive: Tensor, most: Tensor, by: Clustering | None = None) -> tuple[Tensor, Tensor]:
     """Greedy k-center to the letter: open a centre at the point farthest from all centres so far, the first alive one to begin with, until
     there are most (B, G). -> the centres' points (B, G, M), -1 beyond a head's own number, and labels (B, G, N), -1 where not alive."""
-    c = Centres(x, alive, kernel)
+    c = Centres(x, alive, by)
     picks = []
     for step in range(min(int(most.max()), x.shape[2])):
         if step == 0:
@@ -167,6 +171,23 @@ def gathered(label: Tensor, values: Tensor, clusters: int) -> Tensor:
     bins = bins if values.dim() == 3 else bins[..., None].expand(values.shape)
     total = values.new_zeros((*values.shape[:2], clusters + 1, *values.shape[3:]))
     return total.scatter_add_(2, bins, values)[:, :, :clusters]
+
+
+def sums(label: Tensor, weight: Tensor, chosen: Tensor, size: int, *values: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Of the clusters `chosen` (C,), indices into (B, G, size): the sum of their points' weights (B, G, N), (C, 1), and of weights times
+    each of the values (B, G, N, F), (C, F), in float32 at least. label (B, G, N) is below `size`."""
+    head = torch.arange(label.shape[0] * label.shape[1], device=label.device).view(*label.shape[:2], 1)
+    place = chosen.new_full((head.numel() * size + 1,), -1)  # its last row stands for label -1
+    place[chosen] = torch.arange(len(chosen), device=chosen.device)
+    into = place[torch.where(label >= 0, label + head * size, -1).flatten()]
+    points = (into >= 0).nonzero()[:, 0]
+    into, weight = into[points], weight.flatten()[points, None]
+    total, out = weight.new_zeros(len(chosen), 1).index_add_(0, into, weight), []
+    for t in values:
+        t = t.flatten(0, 2)[points]
+        wide = torch.promote_types(t.dtype, torch.float32)
+        out.append(torch.zeros(len(chosen), t.shape[1], dtype=wide, device=t.device).index_add_(0, into, t.to(wide) * weight))
+    return total, out
 
 
 def latest(label: Tensor, pos: Tensor, clusters: int) -> Tensor:

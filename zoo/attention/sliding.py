@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from zoo.attention.backends import attention
+from zoo.attention.backends import attention, rotates
 from zoo.attention.cache import Attention, Caches
 from zoo.attention.full import FullCache
 from zoo.attention.slots import Slots
@@ -38,7 +38,7 @@ class SlidingCache(FullCache):
         return torch.where(room >= self.window, 2**62, room)
 
     def rotates(self, tokens: int) -> bool:
-        return tokens == 1 and self.backend == "triton" and type(self).attend is SlidingCache.attend
+        return tokens == 1 and rotates(self.backend) and type(self).attend is SlidingCache.attend
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
         if k.shape[2] == 1:  # the row it takes over is just leaving the window

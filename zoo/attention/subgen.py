@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from zoo.attention.backends import clustering
 from zoo.attention.budgeted import QUARTER, SINKS, Budgeted, BudgetedCaches, names
 from zoo.attention.cache import Caches
 from zoo.attention.clustering import cover, principal, radii
@@ -270,7 +271,8 @@ class SubGenCaches(BudgetedCaches):
             middle = torch.cat((old["middle"].round().long(), pos[:, index].repeat(A, 1)[:, None].expand(shape)), 2)
             x = unrotated(layers[0], k, middle)
             x = x @ principal(x, alive, min(FEATURES, x.shape[3]))
-            counts, found = radii(x, alive, most.repeat(A)[:, None].expand(k.shape[:2]), layers[0].backend == "triton")
+            by = clustering(layers[0].backend, k.device, k.dtype)
+            counts, found = radii(x, alive, most.repeat(A)[:, None].expand(k.shape[:2]), by)
             counts = counts * step.repeat(A)[:, None, None]
             each = zip(counts.unflatten(0, (A, -1)), found.unflatten(0, (A, -1)), strict=True)
             out |= {cache.index: pair for cache, pair in zip(layers, each, strict=True)}
@@ -285,8 +287,8 @@ class SubGenCaches(BudgetedCaches):
         for cache in self:
             slots = candidates([cache], self.tokens_seen, which)
             alive = (slots["pos"] >= 0) & which[:, None, None]
-            tokens = alive.sum(-1)
-            _, clusters = cover(Maker([cache]).points(slots, alive), alive, self.method.delta, tokens, cache.backend == "triton")
+            tokens, maker = alive.sum(-1), Maker([cache])
+            _, clusters = cover(maker.points(slots, alive), alive, self.method.delta, tokens, maker.by)
             rows = torch.minimum(SINKS + (clusters / (1 - HEAVY)).long(), tokens).clamp(min=1)
             share[cache.index] = torch.where(which[:, None], ((rows + PAGE - 1) // PAGE).to(share.dtype), share[cache.index])
         return share

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from zoo.attention.backends import clustering
 from zoo.attention.clustering import gathered, k_center, row
 from zoo.attention.selecting import Selecting, SelectingCache
 from zoo.attention.store import Pages
@@ -45,8 +46,8 @@ class KCenterCache(SelectingCache):
     method: SubGenKCenter
 
     def compress(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, which: Tensor) -> dict[str, Tensor]:
-        alive = slots["pos"] >= 0
-        picks, label = k_center(slots["k"].float(), alive, room, self.backend == "triton")
+        alive, k = slots["pos"] >= 0, slots["k"]
+        picks, label = k_center(k.float(), alive, room, clustering(self.backend, k.device, k.dtype))
         at = picks.clamp(min=0)
         kept = {name: t.gather(2, at) if t.dim() == 3 else row(t, at) for name, t in slots.items()}
         kept["pos"] = torch.where(picks >= 0, kept["pos"], -1)

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from zoo import random
-from zoo.attention.backends import parts
+from zoo.attention.backends import clustering, parts
 from zoo.attention.cache import BLOCK, Attention, Cache, Caches
 from zoo.attention.slots import Parts, Slots, finish, merge
 from zoo.attention.store import SlotStore
@@ -50,6 +50,7 @@ from zoo.errors import ZooError
 
 MOST = 2**16  # samples
 ROWS = 16  # clusters that storage begins with
+EXACTLY = "donot_use_mm_for_euclid_dist"  # distances from differences, not from products
 
 
 def replace_key(count: Tensor) -> Tensor:
@@ -110,8 +111,6 @@ class SubGenPaperCache(Cache):
         return torch.full_like(ends, 2**62)  # clusters make their room when they open
 
     def respond(self, q: Tensor, pos: Tensor) -> Tensor:
-        if self.backend == "sdpa":
-            raise ZooError("backend 'sdpa' cannot weigh numerator and denominator apart, as subgen_paper does; use backend 'eager'")
         z = parts(q, pos, self.values.read(self.window), self.backend)
         z = z._replace(den=torch.zeros_like(z.den), max_den=torch.full_like(z.max_den, -torch.inf))
         keys = self.sample.flatten(2, 3)
@@ -141,26 +140,24 @@ class SubGenPaperCache(Cache):
         B, G, N, _ = k.shape
         M, live, held = self.count.shape[2], (pos >= 0)[:, None], self.count > 0  # live (B, 1, N)
         x, leaders = k.to(self.mu.dtype), self.leader.to(self.mu.dtype)
-        if self.backend == "triton":  # of the clusters that are there, only each key's nearest comes into question
-            from zoo.kernels.nearest import nearest
-
+        if nearest := clustering(self.backend, k.device, k.dtype).nearest:
             label, dist, *_ = nearest(x.contiguous(), leaders, live.expand(B, G, N).contiguous(), held)
-            space = torch.cat((dist.sqrt()[..., None], torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")), 3)
-            held = held.any(-1, keepdim=True)
+            dist = dist.sqrt()
         else:
-            space = torch.cdist(x, torch.cat((leaders, x), 2), compute_mode="donot_use_mm_for_euclid_dist")
-        old = held.shape[2]
-        leads = torch.cat((held, torch.zeros(B, G, N, dtype=torch.bool, device=k.device)), 2)  # (B, G, old + N)
+            dist, label = torch.cdist(x, leaders, compute_mode=EXACTLY).masked_fill(~held[:, :, None], torch.inf).min(-1)
+        # Of the clusters that are there, only each key's nearest comes into question: column 0, and behind it the keys themselves.
+        space = torch.cat((dist[..., None], torch.cdist(x, x, compute_mode=EXACTLY)), 3)
+        leads = torch.zeros(B, G, 1 + N, dtype=torch.bool, device=k.device)
+        leads[:, :, 0] = held.any(-1)
         home = torch.zeros(B, G, N, dtype=torch.int64, device=k.device)  # which of those each key belongs to
         for i in range(N):
-            nearest, which = space[:, :, i].masked_fill(~leads, torch.inf).min(-1)
-            joins = nearest <= self.method.delta
-            home[:, :, i] = torch.where(joins, which, old + i)
-            leads[:, :, old + i] = ~joins & live[:, :, i]
-        opens = leads[:, :, old:]
+            least, which = space[:, :, i].masked_fill(~leads, torch.inf).min(-1)
+            joins = least <= self.method.delta
+            home[:, :, i] = torch.where(joins, which, 1 + i)
+            leads[:, :, 1 + i] = ~joins & live[:, :, i]
+        opens = leads[:, :, 1:]
         new = (self.count > 0).sum(-1, keepdim=True) + opens.cumsum(-1) - 1  # the row that each new cluster gets
-        known = label.long() if self.backend == "triton" else home
-        home = torch.where(home < old, known, new.gather(2, (home - old).clamp(min=0)))
+        home = torch.where(home < 1, label.long(), new.gather(2, (home - 1).clamp(min=0)))
         if int(new.max()) >= M:
             self.grow(max(int(new.max()) + 1, 2 * M))
         home = home.clamp(min=0)  # -1 is of padding

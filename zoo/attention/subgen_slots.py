@@ -7,16 +7,16 @@ lengths, room (A, G) how many slots a head may own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from zoo import random
+from zoo.attention.backends import clustering
 from zoo.attention.budgeted import SINKS
-from zoo.attention.clustering import TIE, cover, coverage, gathered, latest, principal, rounded, ward
+from zoo.attention.clustering import TIE, cover, coverage, gathered, latest, principal
 from zoo.attention.queries import Statistics
 from zoo.attention.slots import PAGE
 
@@ -38,16 +38,10 @@ class Maker:
     """Makes the slots of a few layers."""
 
     def __init__(self, layers: Sequence[SubGenCache]) -> None:
-        self.layers, self.method, self.kernel = layers, layers[0].method, layers[0].backend == "triton"
+        one = layers[0]
+        self.layers, self.method, self.by = layers, one.method, clustering(one.backend, one.store.k.device, one.store.k.dtype)
         self.queries = Statistics.of([layer.queries for layer in layers])
-        self.group = self.queries.mean.shape[1] // layers[0].store.k.shape[1]
-        self.ward: Callable[..., Tensor] = ward
-        self.rounded = rounded
-        if layers[0].backend == "cpp":
-            from zoo.kernels import cpu
-
-            self.ward = partial(cpu.ward, tie=TIE)
-            self.rounded = cpu.rounded if layers[0].store.k.dtype == torch.bfloat16 else rounded
+        self.group = self.queries.mean.shape[1] // one.store.k.shape[1]
 
     def points(self, slots: dict[str, Tensor], alive: Tensor) -> Tensor:
         """What distances are taken between, (A, G, N, F) float32."""
@@ -66,13 +60,13 @@ class Maker:
         rest = alive & ~exact
         clusters = torch.minimum(room - exact.sum(-1), rest.sum(-1))
         if self.method.delta:
-            label, clusters = cover(self.points(slots, rest), rest, self.method.delta, clusters, self.kernel)
+            label, clusters = cover(self.points(slots, rest), rest, self.method.delta, clusters, self.by)
         else:
             heads = torch.arange(pos.shape[1], device=pos.device)[:, None]
             layer = torch.tensor([layer.index for layer in self.layers], device=pos.device)
             layer = layer.repeat_interleave(len(pos) // len(layer))[:, None, None]
             noise = random.gumbel(self.method.seed, layer, heads, pos)
-            label = coverage(self.points(slots, rest), rest, clusters, u.clamp(min=1e-20).log() + noise, clusters // 4, self.kernel)
+            label = coverage(self.points(slots, rest), rest, clusters, u.clamp(min=1e-20).log() + noise, clusters // 4, self.by)
         label = torch.where(exact, clusters[..., None] + exact.cumsum(-1) - 1, label)
         return self.merged(slots | {"weight": u}, label, torch.where(exact, 1.0, u), count, int(room.max()))
 
@@ -113,40 +107,17 @@ class Maker:
         own = torch.arange(N, device=label.device).expand(label.shape)
         head = torch.arange(label.shape[0] * G, device=label.device).view(-1, G, 1)
         member = (head * N + latest(label, own, size).clamp(min=0)).flatten()  # one of each cluster
-        several = (gathered(label, torch.ones_like(u), size) > 1).flatten()
-        flat = torch.where(label >= 0, label + head * size, -1).flatten()
-        tokens = ((flat >= 0) & several[flat]).nonzero()[:, 0]
-        into = (several.cumsum(0) - 1)[flat[tokens]]
-        clusters = several.nonzero()[:, 0]
-        sums = self.sums(slots, label, u, count, size) if self.kernel else {}
-        weight = u.flatten()[tokens, None]
-        total = weight.new_zeros(len(clusters), 1).index_add_(0, into, weight) if not sums else sums["weight"].flatten()[clusters, None]
-        total.clamp_(min=1e-30)
+        clusters = (gathered(label, torch.ones_like(u), size) > 1).flatten().nonzero()[:, 0]  # of several
+        means = [name for name in ("k", "v", "x") if name in slots]
+        total, sums = self.by.sums(label, u, clusters, size, *(slots[name] for name in means))
         layer = torch.tensor([one.index for one in self.layers], device=label.device)
         state = (new["pos"].flatten()[clusters], n.flatten()[clusters].long())
         place = (layer[clusters // (size * G * (len(label) // len(layer)))], clusters // size % G, *state)
-        for which, name in enumerate(name for name in ("k", "v", "x") if name in slots):
-            values = slots[name].flatten(0, 2)
-            wide = torch.promote_types(values.dtype, torch.float32)
-            if sums:
-                mean = sums[name].flatten(0, 2)[clusters] / total
-            else:
-                mean = values.new_zeros(len(clusters), values.shape[1], dtype=wide)
-                mean = mean.index_add_(0, into, values[tokens].to(wide) * weight) / total
-            t = values.index_select(0, member).index_copy_(
-                0, clusters, self.rounded(mean, values.dtype, self.method.seed, *place, torch.full_like(clusters, which))
-            )
-            new[name] = t.view(*label.shape[:2], size, -1)
+        for which, (name, total_of) in enumerate(zip(means, sums, strict=True)):
+            values, mean = slots[name].flatten(0, 2), total_of / total.clamp(min=1e-30)
+            mean = self.by.rounded(mean, values.dtype, self.method.seed, *place, torch.full_like(clusters, which))
+            new[name] = values.index_select(0, member).index_copy_(0, clusters, mean).view(*label.shape[:2], size, -1)
         return new | {name: gathered(label, slots[name], size) for name in self.method.beside}
-
-    def sums(self, slots: dict[str, Tensor], label: Tensor, u: Tensor, count: Tensor, size: int) -> dict[str, Tensor]:
-        """Float32 sums by label, by the Triton kernel: of u (A, G, size), and of u times keys, values and coordinates (A, G, size, ...)."""
-        from zoo.kernels.nearest import cluster_sums
-
-        where = (label.int(), size, count, u.contiguous())
-        _, weight, k, v = cluster_sums(*where, slots["k"].contiguous(), slots["v"].contiguous())
-        out = {"weight": weight, "k": k, "v": v}
-        return out | ({"x": cluster_sums(*where, slots["x"].contiguous())[2]} if "x" in slots else {})
 
     def stream(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, due: Tensor) -> dict[str, Tensor]:
         """Tokens that leave the recent ones are clusters of one; as many pairs merge as there are too many slots."""
@@ -156,7 +127,7 @@ class Maker:
         weight, attention = self.weights(slots, seen, count)
         free = alive & ~self.exact(pos, count, attention, room)
         surplus = (alive.sum(-1) - room).clamp(min=0) * due[:, None]
-        return self.gather(slots, self.ward(self.points(slots, free), weight, free, surplus), weight, count, alive)
+        return self.gather(slots, self.by.ward(self.points(slots, free), weight, free, surplus), weight, count, alive)
 
     def join(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, due: Tensor) -> dict[str, Tensor]:
         """By delta: a token that leaves the recent ones joins the nearest slot, the first tokens' aside, if that is no farther than delta,
@@ -172,11 +143,9 @@ class Maker:
         near = tie.clamp(min=self.method.delta**2)
         open_ones = (alive & ((pos >= SINKS) | (count > 1)))[:, :, :old]  # the first tokens stay exact
         waiting = alive[:, :, old:].clone()
-        if self.kernel:
-            from zoo.kernels.nearest import nearest
-
+        if self.by.nearest:
             parts = (x[:, :, old:].contiguous(), x[:, :, :old].contiguous(), waiting, open_ones.contiguous(), None)
-            into, *_ = nearest(*parts, tie[..., 0].contiguous(), near[..., 0].contiguous())
+            into, *_ = self.by.nearest(*parts, tie[..., 0].contiguous(), near[..., 0].contiguous())
             joins = into >= 0
         else:
             apart = torch.cdist(x[:, :, old:], x[:, :, :old]).square_().masked_fill_(~open_ones[:, :, None], torch.inf)

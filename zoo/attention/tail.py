@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zoo.attention.backends import Kernels, attention, kernels
+from zoo.attention.backends import Kernels, attention, flashes, kernels
 from zoo.attention.cache import Cache, round_up
 from zoo.attention.slots import (
     PAGE,
@@ -55,6 +55,7 @@ class BudgetedCache(Cache):
     mass: Tensor | None  # (N, PAGE): attention that settled slots got since the last `maintain`, and its squares
     spikes: Tensor | None
     OPEN: ClassVar[dict[str, int]] = {"listed": 0, "owner": 0, "table": 1, "mass": 0, "spikes": 0}
+    looks: bool = True  # whether any query of this call is looked at (`counted`): found once for all layers, by `BudgetedCaches.reserve`
 
     def __init__(self, method: Budgeted, index: int, pages: Pages, rotary: Any, config: Any, batch: int, dtype: Any, device: Any) -> None:
         super().__init__()
@@ -89,29 +90,30 @@ class BudgetedCache(Cache):
         """The output for queries whose keys have been written."""
         tail = self.store.read(self.window)
         kernel = kernels(self.backend, q, tail.k.shape[1])
-        fused = kernel is None and not torch.compiler.is_compiling() and q.device.type == "cpu" and self.backend != "eager"
+        fused = kernel is None and flashes(self.backend, q)
         some = torch.compiler.is_compiling() or any(self.pages.count[self.index])  # a compiled step always asks for both
         observing = self.method.observes > 0 and self.store.mass is not None
+        looks = torch.compiler.is_compiling() or self.looks
         if not some and not observing:
             return attention(q, pos, tail, self.backend)
         settled = self.read_settled(looped=fused) if some else None
         if kernel is not None:
-            return self.answer_by(kernel, q, pos, tail, settled, observing)
+            return self.answer_by(kernel, q, pos, tail, settled, observing and looks)
         if fused:
             whole = flash_slots(q, pos, tail)
             whole = whole if settled is None else blend(whole, flash_pages(q, pos, settled))
         else:
             whole = slot_parts(q, pos, tail)
             whole = whole if settled is None else merge(whole, paged_parts(q, pos, settled))
-        if observing:
+        if observing and looks:
             self.observe(q, pos, whole, tail, settled)
         return whole.num.view(q.shape).to(q.dtype) if fused else finish(whole, q.dtype)
 
     def answer_by(self, kernel: Kernels, q: Tensor, pos: Tensor, tail: Slots, settled: PagedSlots | None, observing: bool) -> Tensor:
         """The same by kernels: one softmax over tail and pages, and what both received."""
-        counts, every = self.counted(pos)
-        if not observing or (every > 1 and not torch.compiler.is_compiling() and not bool(counts.any())):
+        if not observing:
             return kernel.attention(q, pos, tail, settled, self.spans)[0]
+        counts, every = self.counted(pos)
         out, sums, settled_sums = kernel.attention_and_mass(q, pos, tail, settled, self.spans, (counts * every).float())
         for name, power in self.method.powers.items():
             getattr(self.store, name).add_(sums[power - 1])

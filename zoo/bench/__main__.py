@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from zoo import cli
+from zoo.attention.backends import NAMES
 from zoo.errors import ZooError
 
 TASKS = ("decode", "prefill", "load", "startup")
@@ -63,7 +64,7 @@ def arguments(argv: list[str] | None) -> Any:
     p.add_argument("--new-tokens", type=int, default=100, help="for startup")
     p.add_argument("--cold", action="store_true", help="startup: also with nothing cached, which takes most of a minute a turn")
     p.add_argument("--compile", default="on", choices=["on", "off"], help="of zoo's decode step")
-    p.add_argument("--backend", default="auto", help="how attention is computed: auto, eager, sdpa, cpp, triton, flex")
+    p.add_argument("--backend", default="auto", help=f"how attention is computed: {', '.join(NAMES)}")
     p.add_argument("--threads", type=int)
     p.add_argument("--peer", action="append", metavar="FILE[:NAME,NAME]", help="what to compare with, such as scripts/peer_transformers.py")
     p.add_argument("--out", type=Path, help="a folder for rows.jsonl and plots")
