@@ -48,6 +48,22 @@ def test_every_path_is_the_formula(shape: tuple[int, ...], dtype: torch.dtype, b
     assert (got.double() - true).abs().max() <= (1e-5 if dtype == torch.float32 else 0.02) * float(true.abs().max())
 
 
+@pytest.mark.parametrize("rows", [1, FEW, FEW + 1])
+@pytest.mark.parametrize("kernels", [False, True])
+def test_gradients_of_inputs(rows: int, kernels: bool) -> None:
+    """Those of the formula, on both sides of FEW: what has no gradient is not asked."""
+    if kernels and not kernels_ready():
+        pytest.skip("no C++ compiler: the CPU kernels cannot be built")
+    l = layer()
+    use_kernels(l, kernels)
+    x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    l(x).square().sum().backward()
+    weight = l.weight.double() * l.scale.double()[:, None]
+    want = 2 * (x.detach().double() @ weight.T) @ weight
+    assert x.grad is not None
+    assert (x.grad.double() - want).abs().max() < 1e-5 * float(want.abs().max())
+
+
 def test_float16_does_not_overflow() -> None:
     """A sum of products with numbers up to 127 does; with scaled weights it does not."""
     l = layer()
