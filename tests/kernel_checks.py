@@ -8,10 +8,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from zoo.attention.backends import kernels_ready
 from zoo.attention.slots import PagedSlots, Parts, Slots, finish, merge, paged_mass, paged_parts, slot_attention, slot_mass, slot_parts
 from zoo.attention.store import PAGE
 
@@ -226,6 +228,17 @@ def calls_of_a_step(lm: Any, cache: Any, ids: Tensor) -> set[str]:
     with torch.no_grad():
         torch.compile(lm.step.eager, backend=keep, fullgraph=True)(ids[:, None], pos, cache)
     return set().union(*map(calls, graphs))
+
+
+def require_cpu_kernels() -> None:
+    """Skip the module where they cannot be built."""
+    if not kernels_ready():
+        pytest.skip("no C++ compiler: the CPU kernels cannot be built", allow_module_level=True)
+
+
+def well_behaved(operator: Any, *args: Any) -> None:
+    """PyTorch's own checks of an operator: schema, fake tensors, tracing."""
+    torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
 
 
 class Called(TorchDispatchMode):

@@ -23,7 +23,7 @@ from zoo.errors import ZooError
 from zoo.models.layers import Linear
 
 WEIGHTS = ("int8",)
-FEW = 16  # rows up to which PyTorch's int8 product reads the weight fastest; beyond, the weight is converted for a whole prompt chunk
+FEW = 16  # rows up to which PyTorch's own int8 product is fastest; beyond, the weight is converted for a whole prompt chunk
 
 
 class Int8Linear(Linear):

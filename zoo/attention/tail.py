@@ -109,8 +109,10 @@ class BudgetedCache(Cache):
 
     def answer_by(self, kernel: Kernels, q: Tensor, pos: Tensor, tail: Slots, settled: PagedSlots | None, observing: bool) -> Tensor:
         """The same by kernels: one softmax over tail and pages, and what both received."""
-        counts, every = self.counted(pos)
-        if not observing or (every > 1 and not torch.compiler.is_compiling() and not bool(counts.any())):
+        if observing:
+            counts, every = self.counted(pos)
+            observing = every == 1 or torch.compiler.is_compiling() or bool(counts.any())
+        if not observing:
             return kernel.attention(q, pos, tail, settled, self.spans)[0]
         out, sums, settled_sums = kernel.attention_and_mass(q, pos, tail, settled, self.spans, (counts * every).float())
         for name, power in self.method.powers.items():
