@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,45 @@ def test_without_a_compiler_attention_runs_all_the_same(
     (tmp_path / "c").write_text("a file where the folder should be")
     with caplog.at_level(logging.WARNING, "zoo"):
         assert not cpu.ready.__wrapped__(tmp_path / "c")
+
+
+PATIENT_COMPILER = """#!/bin/sh
+echo begins "$@" >> {log}
+for i in $(seq 300); do
+    if [ $(grep -c begins {log}) -ge {files} ] && [ $(grep -c arrives {log}) = 2 ]; then break; fi
+    sleep 0.1
+done
+while [ "$1" != -o ]; do shift; done
+echo made > "$2"
+echo ends >> {log}
+"""
+BUILD = """
+import pathlib, sys
+from zoo.kernels import cpu
+with open(sys.argv[2], "a") as log:
+    print("arrives", file=log)
+print(cpu.build(pathlib.Path(sys.argv[1])))
+"""
+
+
+def test_of_several_processes_one_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both get the same file; sources are compiled at the same time, and linked when all of them are. The compiler waits for both
+    processes, and for as many compilations as there are sources."""
+    fake, log, built, files = tmp_path / "cc", tmp_path / "log", tmp_path / "built", len(cpu.SOURCES)
+    fake.write_text(PATIENT_COMPILER.format(log=log, files=files))
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    command = [sys.executable, "-c", BUILD, str(built), str(log)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = {process.communicate()[0].strip() for process in processes}
+    assert [process.returncode for process in processes] == [0, 0]
+    assert len(said) == 1
+    library = Path(said.pop())
+    assert library.read_text() == "made\n"
+    assert {path.name for path in built.iterdir()} == {library.name, "lock"}
+    lines = [line for line in log.read_text().splitlines() if line != "arrives"]
+    assert [line.split()[0] for line in lines] == ["begins"] * files + ["ends"] * files + ["begins", "ends"]
+    assert ["-shared" in line for line in lines if line != "ends"] == [False] * files + [True]
 
 
 def test_backend_by_name(tmp_path: Path) -> None:
