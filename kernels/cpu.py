@@ -36,8 +36,8 @@ log = logging.getLogger("zoo")
 
 FOLDER = Path(__file__).parent
 SOURCES = [FOLDER / name for name in ("slot_attention.cpp", "linear.cpp", "merging.cpp")]  # an object each
-FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC"]
-FEW = 16  # rows up to which keys, or weights, are read as they lie; in slot_attention.cpp, too
+FEW = 16  # rows up to which keys, or weights, are read as they lie
+FLAGS = ["-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC", f"-DFEW={FEW}"]
 WIDEST = 256  # head size
 WORDS = 16  # numbers of a vector: what a row must be a multiple of
 

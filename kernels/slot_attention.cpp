@@ -35,6 +35,7 @@ namespace {
 using torch::stable::Tensor;
 
 constexpr float NONE = -std::numeric_limits<float>::infinity();
+// FEW, from cpu.py: query rows of a kv head up to which keys are best read as they lie
 constexpr int64_t CHUNK = 512;    // slots of a decode task
 constexpr int64_t ROWS = 128;     // query rows of a prompt's block
 constexpr int64_t COLUMNS = 256;  // slots of a prompt's block
@@ -491,8 +492,6 @@ void need_gemm() {
   static const bool there = probe();
   (void)there;
 }
-
-constexpr int64_t FEW = 16;  // query rows of a kv head up to which keys are best read as they lie
 
 void run(const Call& c) {
   if (!c.low) {

@@ -26,6 +26,8 @@ KINDS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f16"}
 
 
 class Llama:
+    cache_item = 2  # float16, whatever the weights are
+
     def __init__(self, path: Path, threads: int, longest: int) -> None:
         self.path, self.threads, self.weight_bytes = path, threads, path.stat().st_size
 

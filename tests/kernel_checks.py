@@ -8,9 +8,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from zoo.attention.backends import kernels_ready
 from zoo.attention.slots import PagedSlots, Parts, Slots, finish, merge, paged_mass, paged_parts, slot_attention, slot_mass, slot_parts
 from zoo.attention.store import PAGE
 
@@ -209,3 +212,43 @@ def calls(graph: torch.fx.GraphModule) -> set[str]:
     modules = [m for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]
     targets = [str(node.target) for m in modules for node in m.graph.nodes if node.op == "call_function"]
     return {t.removeprefix("zoo.").partition(".")[0] for t in targets if t.startswith("zoo.")}
+
+
+def calls_of_a_step(lm: Any, cache: Any, ids: Tensor) -> set[str]:
+    """Those of the compiled step that feeds ids (B,); the cache is another one afterwards."""
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    pos = cache.positions(1)
+    cache.reserve(pos)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(lm.step.eager, backend=keep, fullgraph=True)(ids[:, None], pos, cache)
+    return set().union(*map(calls, graphs))
+
+
+def require_cpu_kernels() -> None:
+    """Skip the module where they cannot be built."""
+    if not kernels_ready():
+        pytest.skip("no C++ compiler: the CPU kernels cannot be built", allow_module_level=True)
+
+
+def well_behaved(operator: Any, *args: Any) -> None:
+    """PyTorch's own checks of an operator: schema, fake tensors, tracing."""
+    torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_static"))
+
+
+class Called(TorchDispatchMode):
+    """What operators of zoo run: `with Called() as called`, then called.names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "zoo":
+            self.names.add(func._schema.name.removeprefix("zoo::"))
+        return func(*args, **(kwargs or {}))

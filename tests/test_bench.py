@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from zoo import cli, embedded
+from zoo.attention import parse
 from zoo.bench import __main__ as bench
 from zoo.bench import machine, ours, peers, report
 from zoo.bench.random_model import CONFIGS, random_model
@@ -54,6 +55,7 @@ def test_decode_and_prefill_rows(tiny: Path, capsys: pytest.CaptureFixture[str])
         else:
             assert r["tokens_per_second"] == pytest.approx(r["context"] * r["batch"] / r["seconds"], rel=0.2)
             assert r["flops"] > 0
+            assert r["share_of_gemm"] == pytest.approx(r["flops"] / r["seconds"] / (r["machine"]["gemm"] * 1e9), rel=0.1, abs=2e-3)
         assert r["quartiles"][0] <= r.get("ms_per_step", r.get("seconds")) <= r["quartiles"][1]
         assert r["peak_memory"] > 2**26
     full = {r["context"]: r["cache_bytes"] for r in got if r["task"] == "decode" and r["attn"] == "full" and r["batch"] == 1}
@@ -106,6 +108,17 @@ def test_flops_are_what_pytorch_counts(tiny: Path) -> None:
     assert products == n * ours.matrix_flops(lm.model)
     square = 4 * n * n * c.num_attention_heads * c.head_dim * c.num_hidden_layers
     assert ours.attention_flops(c, n) == square * (n + 1) // (2 * n)
+
+
+def test_flops_of_methods_that_do_not_read_prompts_exactly(tiny: Path) -> None:
+    """Attention that a method does not compute is not to its credit."""
+    lm = zoo.load(str(tiny), dtype="float32", compile="off")
+    matrices, exact = 400 * ours.matrix_flops(lm.model), ours.attention_flops(lm.config, 400)
+    assert exact > 0
+    for attn in ("full", "subgen:budget=128", "h2o:budget=128,when=prompt"):
+        assert ours.prompt_flops(lm.model, parse(attn), 400) == matrices + exact
+    for attn in ("sliding:window=64", "subgen:budget=128,when=stream", "subgen_paper:delta=3,s=20,block=16"):
+        assert ours.prompt_flops(lm.model, parse(attn), 400) == matrices
 
 
 @pytest.mark.parametrize("window", [1, 7, 40, 100])
@@ -190,7 +203,11 @@ class Slow:
         return lambda: 10.0 * steps
     def prefill(self, context, batch):
         return None
-PEERS = {"slow": Slow, "other": Slow}
+class Half(Slow):
+    cache_item = 2
+    def prefill(self, context, batch):
+        return lambda: 1.0
+PEERS = {"slow": Slow, "other": Half}
 """
 
 
@@ -199,11 +216,15 @@ def test_peers(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     (tmp_path / "peer.py").write_text(PEER)
     argv = ["decode", "prefill", "--model", str(tiny), "--attn", "full", "--contexts", "8", *SHORT]
     got = rows(capsys, *argv, "--peer", f"{tmp_path}/peer.py")
-    assert [r["who"] for r in got] == ["zoo", "slow", "other", "zoo"]
+    assert [r["who"] for r in got] == ["zoo", "slow", "other", "zoo", "other"]
+    numbers = 8 * 3 * 2 * 2 * 16  # tokens x layers x (k, v) x heads x head size
+    assert [r["bytes_per_step"] for r in got[1:3]] == [7 + 4 * numbers, 7 + 2 * numbers]
+    assert all(r["share_of_bandwidth"] >= 0 for r in got[:3])
+    assert got[4]["flops"] == got[3]["flops"] > 0
     assert got[1]["ms_per_step"] == 10_000
     assert got[1]["speedup"] == 1
     assert got[0]["speedup"] == pytest.approx(10_000 / got[0]["ms_per_step"], rel=0.01)
-    assert [r["who"] for r in rows(capsys, *argv, "--peer", f"{tmp_path}/peer.py:other")] == ["zoo", "other", "zoo"]
+    assert [r["who"] for r in rows(capsys, *argv, "--peer", f"{tmp_path}/peer.py:other")] == ["zoo", "other", "zoo", "other"]
     with pytest.raises(ZooError, match="has no 'x'; it has slow, other"):
         peers.load(f"{tmp_path}/peer.py:x", tiny, torch.float32, 1, 8)
 
@@ -246,6 +267,23 @@ def test_gguf_refuses_what_it_cannot_say(tiny_neox: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "m.gguf").exists()
 
 
+def test_startup_and_load_are_of_what_was_asked_for(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Weights and backend reach `zoo.load`, and the command line of the processes that start."""
+    asked: list[tuple[str | None, str]] = []
+    real = zoo.load
+    monkeypatch.setattr(zoo, "load", lambda *a, **b: asked.append((b["weights"], b["backend"])) or real(*a, **b | {"weights": None}))
+    both = ["--model", str(tiny), "--weights", "model", "--weights", "int8", "--backend", "sdpa", "--repeats", "1", "--dtype", "float32"]
+    assert [r.get("weights") for r in rows(capsys, "load", *both)] == [None, "int8"]
+    assert set(asked) == {(None, "sdpa"), ("int8", "sdpa")}
+    told: list[list[str]] = []
+    monkeypatch.setattr(ours, "startup", lambda attn, compile, new, options, env: told.append(options) or ours.Case({}, lambda: 1.0, 1))
+    assert [r.get("weights") for r in rows(capsys, "startup", *both, "--attn", "full")] == [None] * 3 + ["int8"] * 3
+    assert all(options[options.index("--backend") + 1] == "sdpa" for options in told)
+    assert [options[-2:] == ["--weights", "int8"] for options in told] == [False] * 3 + [True] * 3
+
+
 @pytest.mark.slow
 def test_startup(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Three ways to start, each a process of its own, with the time of its first token."""
@@ -253,4 +291,4 @@ def test_startup(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [r["who"] for r in got] == ["zoo, compile=auto", "zoo, compile=off", "zoo, compile=on"]
     assert all(0 < r["first_token_seconds"] <= r["seconds"] for r in got)
     with pytest.raises(ZooError, match="ended with code 2"):
-        ours.startup(str(tiny), "nonsense", "float32", "off", 1, 5, dict).run()
+        ours.startup("nonsense", "off", 5, ["--model", str(tiny)], dict).run()

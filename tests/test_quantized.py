@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import write_checkpoint
+from kernel_checks import Called, calls_of_a_step
 
 import zoo
 from zoo import quantized
@@ -46,6 +47,25 @@ def test_every_path_is_the_formula(shape: tuple[int, ...], dtype: torch.dtype, b
     assert got.dtype == dtype
     assert got.shape == (*shape[:-1], 40)
     assert (got.double() - true).abs().max() <= (1e-5 if dtype == torch.float32 else 0.02) * float(true.abs().max())
+    with Called() as called:
+        l(x)
+    assert called.names == ({"linear_int8"} if kernels and x.numel() <= FEW * 64 else set())
+
+
+@pytest.mark.parametrize("rows", [1, FEW, FEW + 1])
+@pytest.mark.parametrize("kernels", [False, True])
+def test_gradients_of_inputs(rows: int, kernels: bool) -> None:
+    """Those of the formula, on both sides of FEW: what has no gradient is not asked."""
+    if kernels and not kernels_ready():
+        pytest.skip("no C++ compiler: the CPU kernels cannot be built")
+    l = layer()
+    use_kernels(l, kernels)
+    x = torch.randn(rows, 64, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    l(x).square().sum().backward()
+    weight = l.weight.double() * l.scale.double()[:, None]
+    want = 2 * (x.detach().double() @ weight.T) @ weight
+    assert x.grad is not None
+    assert (x.grad.double() - want).abs().max() < 1e-5 * float(want.abs().max())
 
 
 def test_float16_does_not_overflow() -> None:
@@ -134,6 +154,8 @@ def test_compiled_int8_equals_eager(tmp_path: Path, batch: int, dtype: str, head
             missed.append((lm.decode_step(ids[:, t], cache) - true).square().mean())
     assert sum(apart) ** 0.5 <= 1.5 * sum(eager) ** 0.5 + 1e-4  # bfloat16 rounds elsewhere once operations are fused, not more
     assert lm.step.ran["compiled"] == 5
+    several = batch > 1 and lm.backend == "cpp"
+    assert ("linear_int8" in calls_of_a_step(lm, caches[0], ids[:, 5])) == several
 
 
 def test_what_is_unknown_or_missing_says_so(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

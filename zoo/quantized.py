@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
-from zoo.models.layers import Linear, one_compiled_row, row_times
+from zoo.models.layers import Linear
 
 WEIGHTS = ("int8",)
-FEW = 16  # rows up to which PyTorch's int8 product reads the weight fastest; beyond, the weight is converted for a whole prompt chunk
+FEW = 16  # rows up to which PyTorch's own int8 product is fastest; beyond, the weight is converted for a whole prompt chunk
 
 
 class Int8Linear(Linear):
@@ -45,18 +45,18 @@ class Int8Linear(Linear):
         self.scale = scale.to(self.scale.device)
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) -> (..., out), in x's dtype."""
-        if one_compiled_row(x):
-            y = row_times(x, self.weight) * self.scale
-            return (y if self.bias is None else y + self.bias).to(x.dtype).view(*x.shape[:-1], -1)
-        if x.numel() <= self.few * x.shape[-1] and x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32):
-            y = torch.ops.zoo.linear_int8(x.reshape(-1, x.shape[-1]).contiguous(), self.weight, self.scale).view(*x.shape[:-1], -1)
-            return y if self.bias is None else y + self.bias
+    def row(self, x: Tensor) -> Tensor:
+        return super().row(x) * self.scale
+
+    def few_rows(self, x: Tensor) -> Tensor:
+        return torch.ops.zoo.linear_int8(x, self.weight, self.scale)
+
+    def many_rows(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float16:  # sums of products with numbers up to 127 exceed its range
             return F.linear(x, (self.weight * self.scale[:, None]).to(x.dtype), self.bias)
         rows = x.numel() // x.shape[-1]
-        if rows <= FEW and x.device.type == "cpu" and not torch.compiler.is_compiling():  # Inductor cannot lower it for several rows
+        compiling = torch.compiler.is_compiling()  # Inductor cannot lower this product for several rows
+        if rows <= FEW and x.device.type == "cpu" and not (compiling or x.requires_grad):  # nor has it a gradient
             y = torch.ops.aten._weight_int8pack_mm(x.reshape(rows, -1), self.weight, torch.ones_like(self.scale, dtype=x.dtype))
             y = y.view(*x.shape[:-1], -1)
         else:

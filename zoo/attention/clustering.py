@@ -203,7 +203,8 @@ def ward(x: Tensor, weight: Tensor, alive: Tensor, surplus: Tensor) -> Tensor:
     x (B, G, N, F) centres, weight (B, G, N), alive (B, G, N): what may merge. The cost of a pair is Ward's, w_a w_b / (w_a + w_b) |x_a -
     x_b|^2. In each round the lightest clusters, half as many again as must go and three more, look for their cheapest partners: the
     cost grows with the lighter weight, so a cheap pair has a light member. Pairs merge that are cheaper than any other that touches them,
-    at most half of what must go, so that what has merged is looked at anew.
+    at most half of what must go, so that what has merged is looked at anew. Of equally cheap ones the CPU kernel takes the first; here
+    rounding decides.
     """
     shape, N = alive.shape, max(1, int(alive.sum(-1).max()))
     order = (~alive).to(torch.uint8).argsort(dim=-1, stable=True)[..., :N]  # those that may merge, in front

@@ -133,18 +133,29 @@ def models(args: Any, weights: str | None) -> Any:
     return zoo.load(args.model, dtype=args.dtype, compile=args.compile, backend=args.backend, weights=weights)
 
 
+def options(args: Any, weights: str | None) -> list[str]:
+    """What `zoo.generate` is told of the model."""
+    named = ["--model", args.model, "--dtype", args.dtype, "--threads", str(args.threads), "--backend", args.backend]
+    return named if weights is None else [*named, "--weights", weights]
+
+
 def cases_of(task: str, args: Any, lms: dict[str | None, Any], peers: dict[str, Any]) -> list[tuple[dict[str, Any], Any]]:
     """(who and weights, case) of a task. What is compared stands side by side: contexts outside, methods and peers inside."""
     from zoo.bench import ours
     from zoo.bench.peers import case
 
     if task == "load":
-        return [({"who": "zoo", "weights": w}, ours.load(args.model, args.dtype, w)) for w in args.weights]
+        return [({"who": "zoo", "weights": w}, ours.load(args.model, args.dtype, w, args.backend)) for w in args.weights]
     if task == "startup":
-        each = [ours.startups(args.model, attn, args.dtype, args.threads, args.new_tokens, args.cold) for attn in args.attn]
-        return [({"who": who}, c) for cases in each for who, c in cases]
+        return [
+            ({"who": who, "weights": w}, c)
+            for attn in args.attn
+            for w in args.weights
+            for who, c in ours.startups(attn, args.new_tokens, args.cold, options(args, w))
+        ]
     cases: list[tuple[dict[str, Any], Any]] = []
-    most = next(iter(lms.values())).config.max_position_embeddings
+    first = next(iter(lms.values()))
+    most = first.config.max_position_embeddings
     if max(args.contexts) + args.steps > most:
         raise ZooError(f"--contexts {max(args.contexts)} and {args.steps} steps: this model's context holds {most} tokens")
     for batch in args.batch:
@@ -156,7 +167,7 @@ def cases_of(task: str, args: Any, lms: dict[str | None, Any], peers: dict[str, 
                         one = ours.decode(lm, attn, context, batch, args.steps)
                     cases.append(({"who": "zoo", "weights": weights, "weight_bytes": ours.weight_bytes(lm.model)}, one))
             for name, peer in peers.items():
-                if (theirs := case(peer, task, context, batch, args.steps)) is not None:
+                if (theirs := case(peer, task, context, batch, args.steps, first)) is not None:
                     cases.append(({"who": name}, theirs))
     return cases
 

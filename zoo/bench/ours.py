@@ -72,6 +72,19 @@ def attention_flops(config: Any, tokens: int) -> int:
     return 4 * pairs * config.num_attention_heads * config.head_dim * config.num_hidden_layers
 
 
+def prompt_flops(model: Any, method: Any, tokens: int) -> int:
+    """FLOPs that a prompt cannot do without: matrix products with weights, and exact attention by methods that read prompts exactly. What
+    others compute of attention is less, and is not counted."""
+    exact = method.exact_when == "always" or getattr(method, "when", "stream") != "stream"
+    return tokens * matrix_flops(model) + (attention_flops(model.config, tokens) if exact else 0)
+
+
+def exact_bytes(config: Any, tokens: int, item: int) -> int:
+    """Keys and values that a decode step reads behind `tokens` tokens in exact attention, a number taking `item` bytes."""
+    seen = min(tokens, config.sliding_window or tokens)
+    return 2 * seen * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * item
+
+
 def some_ids(vocabulary: int, tokens: int, batch: int = 1) -> Tensor:
     """Ids that any model has, no two sequences alike: (batch, tokens) int64."""
     return torch.randint(0, vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(tokens))
@@ -118,19 +131,19 @@ def prefill(lm: Any, attn: str, context: int, batch: int) -> Case:
         lm.prefill(ids, lm.new_cache(batch, max_tokens=context + 1, prompt_tokens=context))
         return time.perf_counter() - start
 
-    flops = batch * (context * matrix_flops(lm.model) + attention_flops(lm.config, context))
-    return Case({"attn": str(method), "context": context, "batch": batch}, run, context * batch, flops=flops)
+    about = {"attn": str(method), "context": context, "batch": batch}
+    return Case(about, run, context * batch, flops=batch * prompt_flops(lm.model, method, context))
 
 
-def load(name: str, dtype: str, weights: str | None) -> Case:
+def load(name: str, dtype: str, weights: str | None, backend: str) -> Case:
     """`zoo.load`, and every page of the weights once, with what the system has cached of the files."""
-    lm = zoo.load(name, dtype=dtype, compile="off", weights=weights)
+    lm = zoo.load(name, dtype=dtype, compile="off", weights=weights, backend=backend)
     size = sum(p.nbytes for p in lm.model.parameters())
     del lm
 
     def run() -> float:
         start = time.perf_counter()
-        lm = zoo.load(name, dtype=dtype, compile="off", weights=weights)
+        lm = zoo.load(name, dtype=dtype, compile="off", weights=weights, backend=backend)
         for p in lm.model.parameters():
             p.view(-1)[:: 4096 // p.element_size()].sum()
         return time.perf_counter() - start
@@ -138,10 +151,10 @@ def load(name: str, dtype: str, weights: str | None) -> Case:
     return Case({}, run, 1, bytes=size)
 
 
-def startup(name: str, attn: str, dtype: str, compile: str, threads: int, new: int, environment: Callable[[], Mapping[str, str]]) -> Case:
-    """`python -m zoo.generate` as a process of its own: until its first character, and until it has ended."""
-    command = [sys.executable, "-m", "zoo.generate", "--model", name, "--attn", attn, "--dtype", dtype, "--compile", compile]
-    command += ["--threads", str(threads), "--max-new-tokens", str(new), "Once upon a time"]
+def startup(attn: str, compile: str, new: int, options: list[str], environment: Callable[[], Mapping[str, str]]) -> Case:
+    """`python -m zoo.generate` with these options, as a process of its own: until its first character, and until it has ended."""
+    command = [sys.executable, "-m", "zoo.generate", *options, "--attn", attn, "--compile", compile]
+    command += ["--max-new-tokens", str(new), "Once upon a time"]
     firsts: list[float] = []
 
     def run() -> float:
@@ -159,18 +172,18 @@ def startup(name: str, attn: str, dtype: str, compile: str, threads: int, new: i
     return Case(about, run, new, more=lambda: {"first_token_seconds": round(statistics.median(firsts[1:] or firsts), 3)})
 
 
-def startups(name: str, attn: str, dtype: str, threads: int, new: int, cold: bool) -> list[tuple[str, Case]]:
+def startups(attn: str, new: int, cold: bool, options: list[str]) -> list[tuple[str, Case]]:
     """Starting eagerly, compiled, and as `auto` chooses, with a cache folder of this run's own that the first turn fills; `cold`: also
-    compiled with an empty one each time (the CPU kernels, 4 s, are kept all the same)."""
+    compiled with an empty one each time (the CPU kernels, 4 s, are kept all the same). options: `zoo.generate`'s."""
     shared = tempfile.TemporaryDirectory(prefix="zoo-bench-")
     kept = os.environ | {"TORCHINDUCTOR_CACHE_DIR": shared.name}
 
     def empty() -> Mapping[str, str]:
         return kept | {"TORCHINDUCTOR_CACHE_DIR": tempfile.mkdtemp(dir=shared.name)}
 
-    cases = [(f"zoo, compile={c}", startup(name, attn, dtype, c, threads, new, lambda: kept)) for c in ("auto", "off", "on")]
+    cases = [(f"zoo, compile={c}", startup(attn, c, new, options, lambda: kept)) for c in ("auto", "off", "on")]
     if cold:
-        cases.append(("zoo, compiled anew", startup(name, attn, dtype, "on", threads, new, empty)))
+        cases.append(("zoo, compiled anew", startup(attn, "on", new, options, empty)))
     for _, case in cases:
         case.about["folder"] = shared  # lives as long as the cases
     return cases

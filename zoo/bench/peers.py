@@ -5,6 +5,7 @@ Such a file has PEERS, a dict: name -> a function of (model's folder, dtype, thr
     decode(context, batch, steps)   -> None where it cannot, else a function that takes `steps` steps behind a context: -> seconds
     prefill(context, batch)         -> the same for a prompt of `context` tokens
     weight_bytes                    what its weights take
+    cache_item                      bytes of a number in its cache, where that is not of the model's dtype
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any
 
 import torch
 
-from zoo.bench.ours import Case
+from zoo.attention.full import Full
+from zoo.bench.ours import Case, exact_bytes, prompt_flops
 from zoo.errors import ZooError
 
 
@@ -36,8 +38,14 @@ def load(what: str, folder: Path, dtype: torch.dtype, threads: int, longest: int
         raise ZooError(f"--peer {path} cannot be used: {e}; {need}") from e
 
 
-def case(peer: Any, task: str, context: int, batch: int, steps: int) -> Case | None:
+def case(peer: Any, task: str, context: int, batch: int, steps: int, lm: Any) -> Case | None:
+    """A peer's case, its attention being exact; lm: zoo's model of the same shape."""
     run = peer.decode(context, batch, steps) if task == "decode" else peer.prefill(context, batch)
     work = batch * (steps if task == "decode" else context)
     about = {"context": context, "batch": batch, "weight_bytes": peer.weight_bytes}
-    return None if run is None else Case(about, run, work)
+    if run is None:
+        return None
+    if task == "prefill":
+        return Case(about, run, work, flops=batch * prompt_flops(lm.model, Full(), context))
+    cache = batch * exact_bytes(lm.config, context, getattr(peer, "cache_item", lm.dtype.itemsize))
+    return Case(about, run, work, bytes=peer.weight_bytes + cache)

@@ -46,16 +46,33 @@ class Linear(nn.Linear):
         """Parameters come from a checkpoint; on `meta`, PyTorch's initialisation imports its compiler, which takes a second."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), in x's dtype."""
         rows = x.numel() // x.shape[-1]
-        if not one_compiled_row(x):
-            fits = x.device.type == "cpu" and x.dtype == self.weight.dtype and x.dtype in (torch.bfloat16, torch.float32)
-            if rows > self.few or not fits or x.requires_grad or self.weight.requires_grad:
-                return F.linear(x, self.weight, self.bias)
-            y = torch.ops.zoo.linear(x.reshape(rows, -1).contiguous(), self.weight).view(*x.shape[:-1], -1)
-            return y if self.bias is None else y + self.bias
-        y = row_times(x, self.weight)
+        if one_compiled_row(x):
+            y = self.row(x)
+        elif rows <= self.few and self.has_kernel(x):
+            y = self.few_rows(x.reshape(rows, -1).contiguous())
+        else:
+            return self.many_rows(x)
         y = y if self.bias is None else y + self.bias
         return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+    def has_kernel(self, x: Tensor) -> bool:
+        """Whether the CPU kernels are made for such numbers; they have no gradient."""
+        made = x.dtype in (torch.bfloat16, torch.float32) and self.weight.dtype in (x.dtype, torch.int8)
+        return made and x.device.type == "cpu" and not (x.requires_grad or self.weight.requires_grad)
+
+    def row(self, x: Tensor) -> Tensor:
+        """One row x (..., in) -> (out,), at least float32, without the bias."""
+        return row_times(x, self.weight)
+
+    def few_rows(self, x: Tensor) -> Tensor:
+        """x (M, in) -> (M, out), without the bias."""
+        return torch.ops.zoo.linear(x, self.weight)
+
+    def many_rows(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), with the bias."""
+        return F.linear(x, self.weight, self.bias)
 
 
 def use_kernels(model: nn.Module, yes: bool) -> None:
