@@ -5,11 +5,13 @@ A check takes the module that it looks at, so that mutants go through the very s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 
 from zoo.attention.slots import PagedSlots, Parts, Slots, finish, merge, paged_mass, paged_parts, slot_attention, slot_mass, slot_parts
 from zoo.attention.store import PAGE
@@ -204,8 +206,26 @@ def page_mass_matches(module: Any, dtype: torch.dtype, T: int, window: int | Non
         assert want.max() > 0.01
 
 
-def calls(graph: torch.fx.GraphModule) -> set[str]:
-    """Names of the operators of zoo that a graph calls, those of nested regions included."""
+def graphs(step: Callable[..., Tensor], *args: Any, aot: bool = False) -> tuple[list[torch.fx.GraphModule], Tensor]:
+    """The graphs that Dynamo makes of a step, without breaks, and what it returns. aot: taken through AOTAutograd, as by backends that
+    compile: it refuses some of them."""
+    made: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        made.append(graph)
+        return aot_eager(graph, inputs) if aot else graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        return made, torch.compile(step, backend=keep, fullgraph=True)(*args)
+
+
+def targets(graph: torch.fx.GraphModule) -> list[str]:
+    """What a graph calls, nested regions included, in order."""
     modules = [m for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]
-    targets = [str(node.target) for m in modules for node in m.graph.nodes if node.op == "call_function"]
-    return {t.removeprefix("zoo.").partition(".")[0] for t in targets if t.startswith("zoo.")}
+    return [str(node.target) for m in modules for node in m.graph.nodes if node.op in ("call_function", "call_method")]
+
+
+def calls(graph: torch.fx.GraphModule) -> set[str]:
+    """Names of the operators of zoo among them."""
+    return {t.removeprefix("zoo.").partition(".")[0] for t in targets(graph) if t.startswith("zoo.")}

@@ -58,7 +58,7 @@ def test_mass(nan_filled: None, shape: tuple[int, ...], dtype: torch.dtype, weig
 @pytest.mark.parametrize("compile", ["off", "on"])
 def test_generation(tmp_path: Path, attn: str, compile: str) -> None:
     """The CPU's eager tokens, eager steps and compiled ones; `auto` takes these kernels."""
-    folder = str(write_llama(tmp_path / "m", head_dim=32))
+    folder = str(write_llama(tmp_path / "m", num_hidden_layers=8, head_dim=32))
     cpu = zoo.load(folder, attn=attn, dtype="float32", backend="eager", compile="off")
     gpu = zoo.load(folder, attn=attn, dtype="float32", device="cuda", compile=compile)
     assert gpu.backend == "triton"
@@ -116,7 +116,7 @@ def test_times(T: int, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_step_is_one_graph(tmp_path: Path) -> None:
     """fullgraph=True compiles once for 40 steps past a block's edge."""
-    lm = zoo.load(str(write_llama(tmp_path / "m", head_dim=32)), device="cuda", dtype="bfloat16", compile="on")
+    lm = zoo.load(str(write_llama(tmp_path / "m", num_hidden_layers=8, head_dim=32)), device="cuda", dtype="bfloat16", compile="on")
     lm.attn = parse("subgen:budget=128")
     cache = lm.new_cache(max_tokens=240)
     ids = torch.randint(0, lm.config.vocab_size, (1, 240), device="cuda")

@@ -18,7 +18,7 @@ from torch import Tensor
 from zoo.kernels import launch, nearest, rotary_store
 
 import zoo
-from zoo.attention import clustering, parse
+from zoo.attention import clustering
 from zoo.attention.full import FullCache
 from zoo.attention.subgen import SubGen
 from zoo.models.layers import Rope, Rotary
@@ -269,25 +269,3 @@ def test_a_method_with_its_own_attend_gets_rotated_tensors(folders: dict[str, st
     assert torch.equal(logits(folders["llama"], "full", "triton", 20, 3), want)
     assert len(seen) == 8
     assert not launch.launches["rotate_and_store"]
-
-
-def test_one_graph(folders: dict[str, str]) -> None:
-    """A decode step with the rotary kernel is one full graph: its operator once a layer, and no write beside it."""
-    lm = zoo.load(folders["llama"], dtype="float32", backend="triton", compile="off")
-    lm.attn = parse("full")
-    cache = lm.new_cache(1, max_tokens=40)
-    lm.prefill([[5, 6, 7]], cache)
-    graphs: list[Any] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph.graph)
-        return graph
-
-    want = lm.model.logits(lm.model.hidden(torch.tensor([[8]]), torch.tensor([[3]]), cache.clone()))
-    compiled = torch.compile(lambda ids, pos: lm.model.logits(lm.model.hidden(ids, pos, cache)), fullgraph=True, backend=backend)
-    cache.reserve(torch.tensor([[3]]))
-    assert (compiled(torch.tensor([[8]]), torch.tensor([[3]])) - want).abs().max() < 1e-4
-    (graph,) = graphs
-    called = [str(node.target) for node in graph.nodes]
-    assert sum("rotary_store_triton" in name for name in called) == 2
-    assert not any("index_put" in name for name in called)

@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_checkpoint, write_llama
-from kernel_checks import calls
+from kernel_checks import calls, graphs, targets
 from zoo.kernels.launch import launches
 
 import zoo
 import zoo.generate
 from zoo.attention import parse
+from zoo.attention.cache import Caches
 from zoo.lm import LM
+from zoo.models import layers
 
 # Prompts are longer than these budgets, so that all of them have settled slots; `prompt` and `stream` go other ways than `decode`.
 METHODS = [
@@ -87,34 +89,51 @@ def test_other_families(tmp_path: Path, family: str) -> None:
 # A compiled step
 
 
-def graphs_of_a_step(lm: LM, attn: str) -> tuple[list[Any], torch.Tensor, torch.Tensor]:
-    """The graphs that tracing a decode step makes, and its logits, traced and not."""
-    lm.attn, made = parse(attn), []
-
-    def keep(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-        made.append(graph)
-        return graph.forward
-
-    ids = torch.randint(0, lm.config.vocab_size, (1, 140), generator=torch.Generator().manual_seed(1))
+def after_prompt(lm: LM, attn: str, tokens: int) -> tuple[torch.Tensor, torch.Tensor, Caches]:
+    """What a decode step takes behind a prompt of so many tokens."""
+    lm.attn = parse(attn)
     cache = lm.new_cache()
-    lm.prefill(ids, cache)
-    twin, token, pos = cache.clone(), torch.tensor([[5]]), torch.tensor([[140]])
-    for one in (cache, twin):
-        one.make_room(torch.tensor([141]), 141)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        traced = torch.compile(lm.step.eager, backend=keep, fullgraph=True)(token, pos, cache)
-        return made, traced, lm.step.eager(token, pos, twin)
+    lm.prefill(torch.randint(0, lm.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(1)), cache)
+    cache.make_room(torch.tensor([tokens + 1]), tokens + 1)
+    return torch.tensor([[5]]), torch.tensor([[tokens]]), cache
 
 
 @pytest.mark.parametrize("attn", ["full", "subgen:budget=128", "h2o:budget=128", "subgen_paper:delta=3,s=20,block=16"])
-def test_a_step_is_one_graph(folder: Path, attn: str) -> None:
+def test_a_step_is_one_graph(folder: Path, attn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "one_compiled_row", lambda x: False)  # which rounds otherwise than the eager product
     lm = zoo.load(str(folder), backend="triton", compile="off")
-    made, traced, eager = graphs_of_a_step(lm, attn)
-    assert len(made) == 1
+    ids, pos, cache = after_prompt(lm, attn, 140)
+    with torch.no_grad():
+        eager = lm.step.eager(ids, pos, cache.clone())
+    (graph,), traced = graphs(lm.step.eager, ids, pos, cache)
     assert (traced - eager).abs().max() < 1e-5
     expected = {
         "full": {"slot_attention_triton"},
         "subgen_paper": {"slot_parts_triton"},
     }.get(attn.partition(":")[0], {"slot_attention_triton", "page_attention_triton", "slot_mass_triton", "page_mass_triton"})
-    assert expected <= calls(made[0])
+    assert expected <= calls(graph)
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_llama(tmp_path_factory.mktemp("m") / "m", num_hidden_layers=8, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+
+
+@pytest.mark.parametrize(("backend", "attn", "regions"), [("triton", "full", 0), ("triton", "subgen:budget=128", 0), ("eager", "full", 2)])
+def test_a_step_of_many_layers_is_one_graph(deep: Path, backend: str, attn: str, regions: int) -> None:
+    """Runs of layers are one region, compiled once, but where the rotary kernel writes into the cache: PyTorch refuses that in a region
+    that is called twice. It is called once a layer, and nothing else writes keys."""
+    lm = zoo.load(str(deep), backend=backend, compile="off")
+    ids, pos, cache = after_prompt(lm, attn, 5)
+    twin = cache.clone()
+    with torch.no_grad():
+        eager = lm.step.eager(ids, pos, twin)
+    (graph,), traced = graphs(lm.step.eager, ids, pos, cache, aot=True)
+    assert (traced - eager).abs().max() < 1e-3
+    for mine, other in zip(cache, twin, strict=True):
+        assert (mine.store.k[:, :, 1:7] - other.store.k[:, :, 1:7]).abs().max() < 1e-4
+        assert torch.equal(mine.store.pos, other.store.pos)
+    called = targets(graph)
+    assert sum("invoke_subgraph" in name for name in called) == regions
+    assert sum("rotary_store_triton" in name for name in called) == (0 if regions else 8)
+    assert any("index_put" in name for name in called) == (regions > 0)
