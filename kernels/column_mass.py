@@ -34,6 +34,11 @@ def blocks(head_dim: int, dtype: torch.dtype, rows: int, paged: bool) -> Blocks:
     return Blocks(M, N, D, 4)
 
 
+def options(size: Blocks) -> Options:
+    """Without a limit of registers ptxas spills some of heads of 256, to fit more blocks in."""
+    return Options(size.warps, registers=255 if size.D == 256 else None)
+
+
 @triton.jit
 def column_mass_kernel(
     q, q_pos, k, pos, a, pages, owner, lse, weight, mass, squares,
@@ -51,9 +56,9 @@ def column_mass_kernel(
     else:
         first = tl.program_id(0) * N
         head, slots = tl.program_id(1), tl.minimum(S - first, N)
-        i, g = (head // G).to(tl.int64), (head % G).to(tl.int64)
+        i, g = (head // G).to(tl.int64), head % G
         to = head.to(tl.int64) * S + first
-        k, pos = k + i * kb + g * kg + first.to(tl.int64) * ks, pos + i * pb + g * pg + first
+        k, pos = k + i * kb + g.to(tl.int64) * kg + first.to(tl.int64) * ks, pos + i * pb + g * pg + first
         if a is not None:
             a += i * ab + g * ag + first
     m, n, d = tl.arange(0, M), tl.arange(0, N), tl.arange(0, BLOCK_D)
@@ -126,7 +131,7 @@ def run(
     mass, squares = (torch.empty(shape, dtype=torch.float32, device=q.device) for _ in range(2))
     if mass.numel():
         launch(
-            column_mass_kernel, grid, q.device, Options(size.warps), q, q_pos, k, pos, a, pages, owner, lse, weight, mass, squares,
+            column_mass_kernel, grid, q.device, options(size), q, q_pos, k, pos, a, pages, owner, lse, weight, mass, squares,
             *steps, G, T, R, S, min(window or NONE, NONE), D**-0.5,
             PAGE=PAGE, D=D, M=size.M, N=size.N, BLOCK_D=size.D,
         )  # fmt: skip
@@ -187,4 +192,4 @@ def shipped() -> Iterator[Shipped]:
             sizes = {"PAGE": PAGE, "D": D, "M": size.M, "N": size.N, "BLOCK_D": size.D, **dict.fromkeys(none)}
             for step in ({}, {"T": 1}) if size.M == 16 else ({},):
                 about = f"{TYPES[dtype]}, D {D}, {size.M} rows, {name}{', one token' * len(step)}"
-                yield Shipped(column_mass_kernel, about, given, sizes | step, Options(size.warps), frozenset(("kb", "kg", "ks")))
+                yield Shipped(column_mass_kernel, about, given, sizes | step, options(size), frozenset(("kb", "kg", "ks")))

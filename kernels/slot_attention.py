@@ -65,10 +65,10 @@ def slot_attention_kernel(
         k, pos, a = k + first * ks, pos + first, a + first
         v += first * vs
     else:
-        i, g, slots = (head // G).to(tl.int64), (head % G).to(tl.int64), S
-        k, pos = k + i * kb + g * kg, pos + i * pb + g * pg
+        i, g, slots = (head // G).to(tl.int64), head % G, S
+        k, pos = k + i * kb + g.to(tl.int64) * kg, pos + i * pb + g * pg
         if v is not None:
-            v += i * vb + g * vg
+            v += i * vb + g.to(tl.int64) * vg
         if a is not None:
             a += i * ab + g * ag
         if b is not None:
@@ -184,9 +184,9 @@ def weights(tops, best):
 MERGING = Options(2)
 
 
-def options(size: Blocks, dtype: torch.dtype) -> Options:
-    """Without a limit of registers ptxas spills a few bytes of the float32 forms, to fit more blocks in."""
-    return Options(size.warps, registers=255 if dtype == torch.float32 else None)
+def options(size: Blocks, dtype: torch.dtype, apart: bool) -> Options:
+    """Without a limit of registers ptxas spills a few bytes to fit more blocks in: of float32, and of a and b apart."""
+    return Options(size.warps, registers=255 if dtype == torch.float32 or apart else None)
 
 
 def run(
@@ -234,7 +234,8 @@ def run(
         assert v is not None
         steps = (0, 0, k.stride(0), 0, 0, v.stride(0), *[0] * 6)
     launch(
-        slot_attention_kernel, (tiles, count, heads), q.device, options(size, q.dtype), q, q_pos, k, v, pos, a, b, spans, *parts, out, lse,
+        slot_attention_kernel, (tiles, count, heads), q.device, options(size, q.dtype, b is not None),
+        q, q_pos, k, v, pos, a, b, spans, *parts, out, lse,
         *steps, G, T, R, slots, min(window or NONE, NONE), D**-0.5,
         PAGE=PAGE, D=D, M=size.M, N=size.N, BLOCK_D=size.D,
     )  # fmt: skip
@@ -334,7 +335,7 @@ def shipped() -> Iterator[Shipped]:
                 aligned, constants = frozenset(("kb", "kg", "ks", "vb", "vg", "vs")), sizes | dict.fromkeys(none)
                 for step in ({}, {"T": 1}) if size.M == 16 and "out" not in none else ({},):
                     about = f"{TYPES[dtype]}, D {D}, {size.M} rows, {name}{', one token' * len(step)}"
-                    yield Shipped(slot_attention_kernel, about, given, constants | step, options(size, dtype), aligned)
+                    yield Shipped(slot_attention_kernel, about, given, constants | step, options(size, dtype, "b" not in none), aligned)
         for name, none in merged.items():
             if name == "out" or dtype == torch.float32:  # sums are always float32
                 sizes = {"SPLITS": SPLITS, "D": D, "BLOCK_D": size.D}

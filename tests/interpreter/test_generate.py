@@ -81,10 +81,10 @@ def test_tokens_are_the_eager_path_s(folder: Path, attn: str, capsys: pytest.Cap
     assert (launches["add_up"] > 0) == (name == "subgen")
 
 
-@pytest.mark.parametrize("family", ["mistral", "gpt_neox"])
-def test_other_families(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(("family", "heads"), [("mistral", {"num_key_value_heads": 1}), ("gpt_neox", {})])
+def test_other_families(tmp_path: Path, family: str, heads: dict[str, int]) -> None:
     """A window of the model's own, and rotary embeddings of a part of the head: logits of a prompt and of steps, two sequences."""
-    folder = str(write_checkpoint(tmp_path, family, num_hidden_layers=1))
+    folder = str(write_checkpoint(tmp_path, family, num_hidden_layers=1, num_attention_heads=2, hidden_size=32, **heads))
     logits = []
     for backend in ("eager", "triton"):
         lm = zoo.load(folder, backend=backend, compile="off")
