@@ -16,23 +16,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from zoo.kernels.launch import TYPES, Shipped, check, dot, launch, op, rows_together, strides
+from zoo.kernels.launch import TYPES, Blocks, Options, Shipped, check, dot, launch, op, rows_together, strides
 from zoo.kernels.slot_attention import HEADS, NONE, PAGE, WIDEST
-
-
-class Blocks(NamedTuple):
-    """Sizes of a tile: query rows, slots, head size; and warps."""
-
-    M: int
-    N: int
-    D: int
-    warps: int
 
 
 def blocks(head_dim: int, dtype: torch.dtype, rows: int, paged: bool) -> Blocks:
@@ -41,6 +32,11 @@ def blocks(head_dim: int, dtype: torch.dtype, rows: int, paged: bool) -> Blocks:
     M = 16 if rows <= 16 or dtype == torch.float32 else 64
     N = PAGE if paged or dtype == torch.float32 or D == 256 else 64
     return Blocks(M, N, D, 4)
+
+
+def options(size: Blocks) -> Options:
+    """Without a limit of registers ptxas spills some of heads of 256, to fit more blocks in."""
+    return Options(size.warps, registers=255 if size.D == 256 else None)
 
 
 @triton.jit
@@ -62,7 +58,7 @@ def column_mass_kernel(
         head, slots = tl.program_id(1), tl.minimum(S - first, N)
         i, g = (head // G).to(tl.int64), head % G
         to = head.to(tl.int64) * S + first
-        k, pos = k + i * kb + g * kg + first.to(tl.int64) * ks, pos + i * pb + g * pg + first
+        k, pos = k + i * kb + g.to(tl.int64) * kg + first.to(tl.int64) * ks, pos + i * pb + g * pg + first
         if a is not None:
             a += i * ab + g * ag + first
     m, n, d = tl.arange(0, M), tl.arange(0, N), tl.arange(0, BLOCK_D)
@@ -135,9 +131,9 @@ def run(
     mass, squares = (torch.empty(shape, dtype=torch.float32, device=q.device) for _ in range(2))
     if mass.numel():
         launch(
-            column_mass_kernel, grid, q.device, q, q_pos, k, pos, a, pages, owner, lse, weight, mass, squares,
+            column_mass_kernel, grid, q.device, options(size), q, q_pos, k, pos, a, pages, owner, lse, weight, mass, squares,
             *steps, G, T, R, S, min(window or NONE, NONE), D**-0.5,
-            PAGE=PAGE, D=D, M=size.M, N=size.N, BLOCK_D=size.D, num_warps=size.warps, num_stages=1,
+            PAGE=PAGE, D=D, M=size.M, N=size.N, BLOCK_D=size.D,
         )  # fmt: skip
     return mass, squares
 
@@ -171,8 +167,10 @@ def _(q: Tensor, q_pos: Tensor, k: Tensor, pos: Tensor, a: Tensor, pages: Tensor
 
 def slot_mass(q: Tensor, q_pos: Tensor, slots: Any, lse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The probability exp(score - lse) that each slot received, summed over queries and the group's query heads, each times its weight
-    (B, T) float32 >= 0, and the same of its square: (B, G, S) float32 each. lse (B, H, T) is that of all slots."""
-    return torch.ops.zoo.slot_mass_triton(q, q_pos, slots.k, slots.pos.to(torch.int32), slots.a, lse, weight, slots.window or 0)
+    (B, T) float32 >= 0, and the same of its square: (B, G, S) float32 each. lse (B, H, T) is that of all slots. Probabilities are by
+    denominator weight."""
+    logweight = slots.a if slots.b is None else slots.b
+    return torch.ops.zoo.slot_mass_triton(q, q_pos, slots.k, slots.pos.to(torch.int32), logweight, lse, weight, slots.window or 0)
 
 
 def page_mass(q: Tensor, q_pos: Tensor, slots: Any, spans: Tensor, lse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,7 +181,7 @@ def page_mass(q: Tensor, q_pos: Tensor, slots: Any, spans: Tensor, lse: Tensor, 
 
 
 def shipped() -> Iterator[Shipped]:
-    """Every configuration for the head sizes in HEADS."""
+    """Every configuration for the head sizes in HEADS; of the tile of 16 rows also a single token's."""
     numbers = ["kb", "kg", "ks", "pb", "pg", "ab", "ag", "G", "T", "R", "S", "window"]
     types = dict.fromkeys(numbers, "i32") | dict.fromkeys(("a", "lse", "weight", "mass", "squares"), "*fp32")
     types |= {"scale": "fp32", "q_pos": "*i64", **dict.fromkeys(("pos", "pages", "owner"), "*i32")}
@@ -192,5 +190,6 @@ def shipped() -> Iterator[Shipped]:
         for size in dict.fromkeys(blocks(D, dtype, rows, name == "pages") for rows in (16, 128)):
             given = types | dict.fromkeys(("q", "k"), f"*{TYPES[dtype]}")
             sizes = {"PAGE": PAGE, "D": D, "M": size.M, "N": size.N, "BLOCK_D": size.D, **dict.fromkeys(none)}
-            about = f"{TYPES[dtype]}, D {D}, {size.M} rows, {name}"
-            yield Shipped(column_mass_kernel, about, given, sizes, size.warps, 1, frozenset(("kb", "kg", "ks")))
+            for step in ({}, {"T": 1}) if size.M == 16 else ({},):
+                about = f"{TYPES[dtype]}, D {D}, {size.M} rows, {name}{', one token' * len(step)}"
+                yield Shipped(column_mass_kernel, about, given, sizes | step, options(size), frozenset(("kb", "kg", "ks")))

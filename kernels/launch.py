@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -23,19 +23,41 @@ launches: Counter[str] = Counter()  # kernel name -> how often it ran
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}  # in signatures
 
 
+class Blocks(NamedTuple):
+    """Sizes of a tile of attention: query rows, slots, head size; and warps."""
+
+    M: int
+    N: int
+    D: int
+    warps: int
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a kernel is compiled with, at its launch and ahead of time. `registers`: of a thread, at most, on NVIDIA's chips. `fused`: a
+    product and its sum are rounded once."""
+
+    warps: int = 4
+    registers: int | None = None
+    fused: bool = True
+
+    def of(self, backend: str) -> dict[str, Any]:
+        """As Triton calls them, for cuda or hip. All are said: Triton's defaults differ by chip."""
+        found = {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": self.fused}
+        return found if self.registers is None or backend != "cuda" else found | {"maxnreg": self.registers}
+
+
 @dataclass(frozen=True)
 class Shipped:
     """A configuration that a kernel runs in, as the ahead-of-time compiler wants it. `signature`: argument -> type, such as *bf16 or i32;
-    those that are `constexprs` are left out. `aligned`: which are multiples of 16. `maxnreg`: registers a thread, at most, on NVIDIA's."""
+    those that are `constexprs` are left out: a launch makes constants of None and of 1, too. `aligned`: which are multiples of 16."""
 
     kernel: Any
     name: str
     signature: Mapping[str, str]
     constexprs: Mapping[str, Any]
-    num_warps: int = 4
-    num_stages: int = 1
+    options: Options
     aligned: frozenset[str] = field(default_factory=frozenset)
-    maxnreg: int | None = None
 
 
 @triton.jit
@@ -74,15 +96,13 @@ def strides(t: Tensor | None, of: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(0 if t is None or t.shape[i] < n else t.stride(i) for i, n in enumerate(of))
 
 
-def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *args: Any, **options: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, options: Options, *args: Any, **constants: int) -> None:
     """Run a kernel on `device`, whichever is current, and count it."""
     launches[kernel.fn.__name__] += 1
-    if torch.version.hip:
-        options.pop("maxnreg", None)  # NVIDIA's only
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](*args, **options)
+        kernel[grid](*args, **constants, **options.of("hip" if torch.version.hip else "cuda"))
 
 
-def op(name: str) -> Any:
+def op(name: str, mutates: Sequence[str] = ()) -> Any:
     """An operator zoo::<name> that takes a cache as it lies: without the tag a compiled step copies keys and values before each call."""
-    return torch.library.custom_op(f"zoo::{name}", mutates_args=(), tags=(torch.Tag.flexible_layout,))
+    return torch.library.custom_op(f"zoo::{name}", mutates_args=mutates, tags=(torch.Tag.flexible_layout,))

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from zoo.kernels import launch
-from zoo.kernels.launch import TYPES, Shipped
+from zoo.kernels.launch import TYPES, Options, Shipped
 
 
 class Sums(NamedTuple):
@@ -114,14 +114,17 @@ def add_up(
         tl.store(value_sum + (own_rows * V)[:, None] + d[None, :], values, mask=(j < M)[:, None] & (d < V)[None, :])
 
 
-def tiling(size: int) -> tuple[dict[str, int], int]:
-    """Block sizes and warps of `assign`, whose accumulator is a tile of distances."""
-    return {"F": size, "BLOCK_I": 32, "BLOCK_J": 32}, 4
+OPTIONS = Options(4)  # of both
 
 
-def adding(K: int, V: int) -> tuple[dict[str, int], int]:
-    """Block sizes and warps of `add_up`, whose accumulators are two tiles of sums."""
-    return {"K": K, "V": V, "BLOCK_I": 16, "BLOCK_J": 32, "BLOCK_D": 32}, 4
+def tiling(size: int) -> dict[str, int]:
+    """Block sizes of `assign`, whose accumulator is a tile of distances."""
+    return {"F": size, "BLOCK_I": 32, "BLOCK_J": 32}
+
+
+def adding(K: int, V: int) -> dict[str, int]:
+    """Block sizes of `add_up`, whose accumulators are two tiles of sums."""
+    return {"K": K, "V": V, "BLOCK_I": 16, "BLOCK_J": 32, "BLOCK_D": 32}
 
 
 def labels(
@@ -131,10 +134,10 @@ def labels(
     label = torch.empty(A, G, N, dtype=torch.int32, device=x.device)
     dist = torch.empty(A, G, N, dtype=torch.float32, device=x.device)
     if label.numel():
-        sizes, warps = tiling(F)
+        sizes = tiling(F)
         launch.launch(
-            assign, (triton.cdiv(N, sizes["BLOCK_I"]), A * G), x.device,
-            x, centres, alive, valid, scale, tie, limit, label, dist, N, centres.shape[2], **sizes, num_warps=warps,
+            assign, (triton.cdiv(N, sizes["BLOCK_I"]), A * G), x.device, OPTIONS,
+            x, centres, alive, valid, scale, tie, limit, label, dist, N, centres.shape[2], **sizes,
         )  # fmt: skip
     return label, dist
 
@@ -149,9 +152,9 @@ def sums(label: Tensor, clusters: int, number: Tensor, weight: Tensor, k: Tensor
     (A, G, N), device, out = label.shape, label.device, like_sums(label, clusters, k, v)
     if out.counts.numel():
         K, V = out.keys.shape[3], out.values.shape[3]
-        sizes, warps = adding(K, V)
+        sizes = adding(K, V)
         grid = (triton.cdiv(clusters, sizes["BLOCK_J"]), A * G, max(1, triton.cdiv(max(K, V), sizes["BLOCK_D"])))
-        launch.launch(add_up, grid, device, label, number, weight, k, v, *out, N, clusters, **sizes, num_warps=warps)
+        launch.launch(add_up, grid, device, OPTIONS, label, number, weight, k, v, *out, N, clusters, **sizes)
     return out
 
 
@@ -165,6 +168,8 @@ def fits(op: str, x: Tensor, shapes: dict[str, tuple[Tensor | None, tuple[int, .
 
 
 REAL = (torch.float32, torch.bfloat16, torch.float16)
+
+# Not by `op`: these want tensors in one piece, so that a compiled step must hand them over as they were traced.
 
 
 @torch.library.custom_op("zoo::nearest_triton", mutates_args=())
@@ -230,16 +235,16 @@ def shipped() -> Iterator[Shipped]:
     ints = {"N": "i32", "M": "i32"}
     for kind, optional in (("", ()), (" tie limit", ("tie", "limit")), (" scale", ("scale",))):
         for F in (16, 64, 128):
-            sizes, warps = tiling(F)
+            sizes = tiling(F)
             pointers = {"x": "*fp32", "centres": "*fp32", "alive": "*i1", "valid": "*i1", "label": "*i32", "dist": "*fp32"}
             pointers |= dict.fromkeys(optional, "*fp32")
             absent = dict.fromkeys({"scale", "tie", "limit"} - set(optional))
-            yield Shipped(assign, f"nearest F={F}{kind}", {**pointers, **ints}, {**sizes, **absent}, warps, aligned=frozenset(pointers))
+            yield Shipped(assign, f"nearest F={F}{kind}", {**pointers, **ints}, {**sizes, **absent}, OPTIONS, aligned=frozenset(pointers))
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for K, V in ((64, 64), (128, 128), (16, 0)):
-            sizes, warps = adding(K, V)
+            sizes = adding(K, V)
             results = ("count_sum", "weight_sum", "key_sum", "value_sum")
             pointers = {"label": "*i32", "k": f"*{TYPES[dtype]}", **dict.fromkeys(("number", "weight", *results), "*fp32")}
             pointers |= {"v": f"*{TYPES[dtype]}"} if V else {}
             name = f"nearest sums K={K} V={V} {TYPES[dtype]}"
-            yield Shipped(add_up, name, {**pointers, **ints}, sizes if V else {**sizes, "v": None}, warps, aligned=frozenset(pointers))
+            yield Shipped(add_up, name, {**pointers, **ints}, sizes if V else {**sizes, "v": None}, OPTIONS, aligned=frozenset(pointers))

@@ -86,9 +86,7 @@ def look(index: int, name: str) -> Used:
     aligned = [i for i, (a, kind) in enumerate(signature.items()) if kind.startswith("*") or (a in c.aligned and kind != "constexpr")]
     constants = {a: value for a, value in c.constexprs.items() if a in signature}
     source = ASTSource(c.kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    options = {"num_warps": c.num_warps, "num_stages": c.num_stages}
-    if c.maxnreg and chip.backend == "cuda":
-        options["maxnreg"] = c.maxnreg
+    options = c.options.of(chip.backend)
     about = f"{source.hash()} {name} {options} {triton.__version__} {inspect.getsource(nvidia)} {inspect.getsource(amd)}"
     kept = cache_folder() / "kernels" / "resources" / f"{hashlib.sha256(about.encode()).hexdigest()[:24]}.json"
     if kept.exists():
@@ -140,10 +138,10 @@ def table(found: Sequence[tuple[Any, str, Used]], chips: Sequence[str]) -> str:
     rows: dict[tuple[str, str, int], list[tuple[str, str, Used]]] = {}
     for c, chip, used in found:
         sizes = " ".join(
-            f"{name}={value}" for name, value in c.constexprs.items() if value is not None and name.isupper() and name != "PAGE"
+            f"{name}={value}" for name, value in c.constexprs.items() if value is not None and name.isupper() and name not in ("PAGE", "T")
         )
         kind = next(t for a in c.kernel.arg_names if a not in c.constexprs and (t := c.signature[a]).startswith("*"))  # of the first tensor
-        rows.setdefault((c.kernel.__name__, sizes, c.num_warps), []).append((chip, kind.removeprefix("*"), used))
+        rows.setdefault((c.kernel.__name__, sizes, c.options.warps), []).append((chip, kind.removeprefix("*"), used))
     lines = ["| kernel | types | sizes | warps | variants | " + " | ".join(chips) + " |", "|---|---|---|---|---|" + "---|" * len(chips)]
     for (kernel, sizes, warps), variants in sorted(rows.items()):
         each = {chip: [used for where, _, used in variants if where == chip] for chip in chips}
@@ -183,7 +181,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--write", action="store_true", help="put the table into kernels/README.md")
     args = p.parse_args(argv)
     os.environ.pop("TRITON_INTERPRET", None)  # nothing can be compiled under it
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton's default so far; unset, every process warns that it will change
     found = list(measure(args.chips, args.processes, args.every))
     about = f"Triton {triton_version()}; in each cell registers a thread, KiB of shared memory a block, occupancy."
     shown = f"{table(found, args.chips)}\n\n{about}"

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from zoo.kernels import launch
-from zoo.kernels.launch import TYPES, Shipped, rounded
+from zoo.kernels.launch import TYPES, Options, Shipped, op, rounded
 
 
 @triton.jit
@@ -72,19 +72,15 @@ def rotate_and_store(
         tl.store(target[:, None] + rest[None, :], tl.load(source[:, None] + rest[None, :], mask=some), mask=some)
 
 
-def tiling(D: int, n: int, T: int) -> tuple[dict[str, int], int]:
-    """Block sizes for heads of D dimensions of which 2n turn and T new tokens, and warps. About 1,024 numbers a program."""
+def tiling(D: int, n: int, T: int) -> tuple[dict[str, int], Options]:
+    """Block sizes for heads of D dimensions of which 2n turn and T new tokens, and options. About 1,024 numbers a program."""
     wide = triton.next_power_of_2
     block = 1 if T == 1 else max(1, 1024 // wide(D))
     sizes = {"D": D, "N": n, "BLOCK_T": block, "BLOCK_N": wide(n), "BLOCK_REST": wide(max(1, D - 2 * n)), "BLOCK_D": wide(D)}
-    return sizes, 1 if block == 1 else 4
+    return sizes, Options(1 if block == 1 else 4, fused=False)
 
 
-@torch.library.custom_op(
-    "zoo::rotary_store_triton",
-    mutates_args=("k_store", "v_store", "pos_store", "a", "mass", "spikes"),
-    tags=(torch.Tag.flexible_layout,),
-)
+@op("rotary_store_triton", mutates=("k_store", "v_store", "pos_store", "a", "mass", "spikes"))
 def rotary_store(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, pos: Tensor, row: Tensor,
     k_store: Tensor, v_store: Tensor, pos_store: Tensor,
@@ -118,15 +114,15 @@ def rotary_store(
     if cos.stride() != sin.stride():
         cos, sin = cos.contiguous(), sin.contiguous()
     out = torch.empty(B, H, T, D, dtype=q.dtype, device=q.device)
-    sizes, warps = tiling(D, n, T)
+    sizes, options = tiling(D, n, T)
     launch.launch(
-        rotate_and_store, (triton.cdiv(T, sizes["BLOCK_T"]), H + G, B), q.device,
+        rotate_and_store, (triton.cdiv(T, sizes["BLOCK_T"]), H + G, B), q.device, options,
         q, k, v, cos, sin, pos.contiguous(), row.contiguous(), out, k_store, v_store, pos_store, a, mass, spikes,
         T, H, pos_store.shape[1],
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], cos.stride(0), cos.stride(2),
         *k_store.stride()[:2], *v_store.stride()[:2], *pos_store.stride()[:2],
         *(n for x in (a, mass, spikes) for n in ((0, 0) if x is None else x.stride()[:2])),
-        **sizes, num_warps=warps, enable_fp_fusion=False,
+        **sizes,
     )  # fmt: skip
     return out
 
@@ -145,12 +141,13 @@ def shipped() -> Iterator[Shipped]:
         pointers |= {"cos": "*fp32", "sin": "*fp32", "pos": "*i64", "row": "*i64", "pos_store": "*i32"}
         for D, n in ((64, 32), (80, 40), (80, 10), (96, 48), (128, 64), (256, 128)):
             for T, full in ((1, True), (512, False)):
-                sizes, warps = tiling(D, n, T)
+                sizes, options = tiling(D, n, T)
                 extra = dict.fromkeys(beside, "*fp32") if full else {}
+                constants = (sizes if full else sizes | dict.fromkeys(beside)) | ({"T": 1} if T == 1 else {})
                 name = f"rotary_store D={D} n={n} {TYPES[dtype]} T={'1' if T == 1 else 'many'}"
                 of_n = n % 16 == 0  # strides are multiples of D, those of angles of n
                 rows = {x for x in strides if x[:2] in ("q_", "k_", "v_", "ks", "vs") or (x[:5] == "angle" and of_n)}
                 yield Shipped(
                     rotate_and_store, name, {**pointers, **extra, "T": "i32", "H": "i32", "pos_heads": "i32", **strides},
-                    {**sizes, **({} if full else dict.fromkeys(beside))}, warps, aligned=frozenset({*pointers, *extra, *rows}),
+                    constants, options, frozenset({*pointers, *extra, *rows}),
                 )  # fmt: skip

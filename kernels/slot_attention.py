@@ -4,8 +4,9 @@
     page_attention(q, q_pos, pages, spans)   the same of heads that own different numbers of slots, in pages
     slot_parts(q, q_pos, slots)              unnormalised sums, for denominator weights of their own, or for keys without values
 
-All H/G query heads and T new tokens of a kv head are the rows of one tile, so that keys and values are read once for them. A head's slots
-are shared out among `splits`, whose number follows from shapes alone; each writes a sum of its own, and a second kernel adds them up:
+The H/G query heads and T new tokens of a kv head are rows of tiles, each of which reads keys and values once: one tile for up to 128 rows,
+but for 16 in float32 or with heads above 128. A head's slots are shared out among `splits`, whose number follows from shapes alone; each
+writes a sum of its own, and a second kernel adds them up:
 
     slot_attention_kernel   (row tiles, splits, B G)     num, max, den of a share of the slots
     merge_kernel            (B G rows,)                  added with weights exp(max - largest max), divided
@@ -18,13 +19,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from zoo.kernels.launch import TYPES, Shipped, check, dot, launch, op, rounded, rows_together, strides
+from zoo.kernels.launch import TYPES, Blocks, Options, Shipped, check, dot, launch, op, rounded, rows_together, strides
 
 PAGE = 32  # rows of a page, as in zoo/attention/slots.py
 HEADS = (64, 80, 96, 128, 256)  # head sizes that are compiled for four chips to see what they take; others run as well
@@ -33,15 +34,6 @@ PROGRAMS = 512  # that fill a chip: 132 multiprocessors of an H100, four each
 NONE = 2**31 - 1  # a window that hides nothing
 SPLITS = 16  # that are added up at a time
 SHARE = 256  # slots of a split, at least: what it writes for 8 rows is then 6 percent of what it reads
-
-
-class Blocks(NamedTuple):
-    """Sizes of a tile: query rows, slots, head size; and warps."""
-
-    M: int
-    N: int
-    D: int
-    warps: int
 
 
 def blocks(head_dim: int, dtype: torch.dtype, rows: int) -> Blocks:
@@ -54,7 +46,7 @@ def blocks(head_dim: int, dtype: torch.dtype, rows: int) -> Blocks:
 
 def splits(heads: int, tiles: int, slots: int) -> int:
     """Into how many shares the slots of each head go."""
-    return max(1, min(triton.cdiv(PROGRAMS, heads * tiles), triton.cdiv(slots, SHARE)))
+    return max(1, min(triton.cdiv(PROGRAMS, heads * tiles), slots // SHARE))
 
 
 @triton.jit
@@ -74,9 +66,9 @@ def slot_attention_kernel(
         v += first * vs
     else:
         i, g, slots = (head // G).to(tl.int64), head % G, S
-        k, pos = k + i * kb + g * kg, pos + i * pb + g * pg
+        k, pos = k + i * kb + g.to(tl.int64) * kg, pos + i * pb + g * pg
         if v is not None:
-            v += i * vb + g * vg
+            v += i * vb + g.to(tl.int64) * vg
         if a is not None:
             a += i * ab + g * ag
         if b is not None:
@@ -189,9 +181,12 @@ def weights(tops, best):
 # Launching
 
 
-def registers(dtype: torch.dtype) -> int | None:
-    """What a thread may take, by ptxas, which without a limit spills a few bytes of the float32 forms to fit more blocks in."""
-    return 255 if dtype == torch.float32 else None
+MERGING = Options(2)
+
+
+def options(size: Blocks, dtype: torch.dtype, apart: bool) -> Options:
+    """Without a limit of registers ptxas spills a few bytes to fit more blocks in: of float32, and of a and b apart."""
+    return Options(size.warps, registers=255 if dtype == torch.float32 or apart else None)
 
 
 def run(
@@ -239,15 +234,16 @@ def run(
         assert v is not None
         steps = (0, 0, k.stride(0), 0, 0, v.stride(0), *[0] * 6)
     launch(
-        slot_attention_kernel, (tiles, count, heads), q.device, q, q_pos, k, v, pos, a, b, spans, *parts, out, lse,
+        slot_attention_kernel, (tiles, count, heads), q.device, options(size, q.dtype, b is not None),
+        q, q_pos, k, v, pos, a, b, spans, *parts, out, lse,
         *steps, G, T, R, slots, min(window or NONE, NONE), D**-0.5,
-        PAGE=PAGE, D=D, M=size.M, N=size.N, BLOCK_D=size.D, num_warps=size.warps, num_stages=1, maxnreg=registers(q.dtype),
+        PAGE=PAGE, D=D, M=size.M, N=size.N, BLOCK_D=size.D,
     )  # fmt: skip
     if count > 1:
         whole = sums(1, not divide)
         launch(
-            merge_kernel, (heads * R * T,), q.device, *parts, *whole, out, lse, count, R * T,
-            SPLITS=SPLITS, D=D, BLOCK_D=size.D, num_warps=2, num_stages=1,
+            merge_kernel, (heads * R * T,), q.device, MERGING, *parts, *whole, out, lse, count, R * T,
+            SPLITS=SPLITS, D=D, BLOCK_D=size.D,
         )  # fmt: skip
         parts = whole
     return (out, lse) if divide else parts
@@ -289,8 +285,10 @@ def _(q: Tensor, q_pos: Tensor, k: Tensor, v: Tensor | None, *rest: Any) -> tupl
 
 
 def slot_attention(q: Tensor, q_pos: Tensor, slots: Any) -> tuple[Tensor, Tensor]:
-    """q (B, H, T, D) at q_pos (B, T), `Slots` without separate denominator weights -> out (B, H, T, D) in q's dtype, 0 where nothing is
-    seen, and the log-sum-exp (B, H, T) float32, -inf there."""
+    """q (B, H, T, D) at q_pos (B, T), `Slots` -> out (B, H, T, D) in q's dtype, 0 where nothing is seen, and the log-sum-exp (B, H, T)
+    float32, -inf there. Raises RuntimeError for separate denominator weights, which one softmax cannot hold."""
+    if slots.b is not None:
+        raise RuntimeError("slot_attention cannot weigh numerator and denominator apart; slot_parts can")
     return torch.ops.zoo.slot_attention_triton(q, q_pos, slots.k, slots.v, slots.pos.to(torch.int32), slots.a, slots.window or 0)
 
 
@@ -311,7 +309,8 @@ def slot_parts(q: Tensor, q_pos: Tensor, slots: Any) -> tuple[Tensor, Tensor, Te
 
 
 def shipped() -> Iterator[Shipped]:
-    """Every configuration for the head sizes in HEADS: dtypes, tiles, and what is given beside keys."""
+    """Every configuration for the head sizes in HEADS: dtypes, tiles, and what is given beside keys; a single token's, where there is an
+    output, in the tile that it mostly has."""
     floats = ("a", "b", "num", "top", "den", "top_b", "lse", "all_num", "all_top", "all_den", "all_top_b")
     numbers = ["kb", "kg", "ks", "vb", "vg", "vs", "pb", "pg", "ab", "ag", "bb", "bg", "G", "T", "R", "S", "window", "count", "rows"]
     types = dict.fromkeys(numbers, "i32") | dict.fromkeys(floats, "*fp32")
@@ -333,10 +332,11 @@ def shipped() -> Iterator[Shipped]:
         for size in dict.fromkeys(blocks(D, dtype, rows) for rows in (16, 32, 128)):
             sizes = {"PAGE": PAGE, "D": D, "M": size.M, "N": size.N, "BLOCK_D": size.D}
             for name, none in absent.items():
-                about = f"{TYPES[dtype]}, D {D}, {size.M} rows, {name}"
-                aligned = frozenset(("kb", "kg", "ks", "vb", "vg", "vs"))
-                yield Shipped(slot_attention_kernel, about, given, sizes | dict.fromkeys(none), size.warps, 1, aligned, registers(dtype))
+                aligned, constants = frozenset(("kb", "kg", "ks", "vb", "vg", "vs")), sizes | dict.fromkeys(none)
+                for step in ({}, {"T": 1}) if size.M == 16 and "out" not in none else ({},):
+                    about = f"{TYPES[dtype]}, D {D}, {size.M} rows, {name}{', one token' * len(step)}"
+                    yield Shipped(slot_attention_kernel, about, given, constants | step, options(size, dtype, "b" not in none), aligned)
         for name, none in merged.items():
             if name == "out" or dtype == torch.float32:  # sums are always float32
                 sizes = {"SPLITS": SPLITS, "D": D, "BLOCK_D": size.D}
-                yield Shipped(merge_kernel, f"{TYPES[dtype]}, D {D}, {name}", given, sizes | dict.fromkeys(none), 2, 1)
+                yield Shipped(merge_kernel, f"{TYPES[dtype]}, D {D}, {name}", given, sizes | dict.fromkeys(none), MERGING)

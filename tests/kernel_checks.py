@@ -5,15 +5,17 @@ A check takes the module that it looks at, so that mutants go through the very s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zoo.attention.backends import kernels_ready
+from zoo.attention.backends import Kernels, kernels_ready
 from zoo.attention.slots import PagedSlots, Parts, Slots, finish, merge, paged_mass, paged_parts, slot_attention, slot_mass, slot_parts
 from zoo.attention.store import PAGE
 
@@ -51,7 +53,8 @@ def make(
     return q, q_pos, Slots(k, v, pos, None if a is None else a.to(device), window=window)
 
 
-def wide(s: Slots) -> Slots:
+def wide(s: Any) -> Any:
+    """`Slots` or `PagedSlots` in float64."""
     return replace(s, k=s.k.double(), v=s.v.double(), a=None if s.a is None else s.a.double())
 
 
@@ -117,7 +120,7 @@ def attention_matches(
 
 
 def rising_scores_match(module: Any, device: str = "cpu") -> None:
-    """Nineteen splits, each of greater scores than those before: every sum so far must shrink, again and again."""
+    """Eighteen splits, each of greater scores than those before: every sum so far must shrink, again and again."""
     S, D = 4700, 64
     g = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(1, 1, n, D, generator=g) for n in (1, S, S))
@@ -133,7 +136,7 @@ def pages_match(module: Any, dtype: torch.dtype, T: int, D: int, window: int | N
     """The same of pages; a head without a page says 0 and -inf."""
     q, q_pos, s, spans = paged(5, dtype, T, D, window, device)
     out, lse = module.page_attention(q, q_pos, s, spans)
-    true = paged_parts(q.double(), q_pos, replace(s, k=s.k.double(), v=s.v.double()))
+    true = paged_parts(q.double(), q_pos, wide(s))
     ratio, eager = finish(true, torch.float64), finish(paged_parts(q, q_pos, s), dtype)
     close(out, ratio, allowed(eager, ratio, q, s), "output")
     assert (lse[0, 3:] == -torch.inf).all()
@@ -143,9 +146,7 @@ def pages_match(module: Any, dtype: torch.dtype, T: int, D: int, window: int | N
 
 
 def as_parts(found: tuple[Tensor, ...], G: int) -> Parts:
-    num, top, den, top_b = found
-    B, H, T, D = num.shape
-    return Parts(num.view(B, G, H // G, T, D), *(x.view(B, G, H // G, T) for x in (top, den, top_b)))
+    return Parts(*(x.unflatten(1, (G, -1)) for x in found))
 
 
 def parts_match(module: Any, shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> None:
@@ -191,12 +192,17 @@ def mass_matches(module: Any, shape: tuple[int, ...], dtype: torch.dtype, weight
         assert (got[s.pos.expand(got.shape) < 0] == 0).all()
     for got in module.slot_mass(q, q_pos, s, lse, torch.zeros_like(weight)):
         assert (got == 0).all()
+    if weights:  # it is the denominator's that count
+        apart = replace(s, a=torch.zeros_like(s.a), b=s.a)
+        assert torch.equal(
+            torch.stack(module.slot_mass(q, q_pos, apart, lse, weight)), torch.stack(module.slot_mass(q, q_pos, s, lse, weight))
+        )
 
 
 def page_mass_matches(module: Any, dtype: torch.dtype, T: int, window: int | None, device: str = "cpu") -> None:
     """The same of the pages in a layer's list."""
     q, q_pos, s, spans = paged(6, dtype, T, 64, window, device)
-    w = replace(s, k=s.k.double(), v=s.v.double())
+    w = wide(s)
     true, eager = paged_parts(q.double(), q_pos, w), paged_parts(q, q_pos, s)
     weight = torch.rand(2, T, generator=torch.Generator().manual_seed(2)).to(device)
     lse = true_lse(true, q[..., 0]).float()
@@ -207,27 +213,72 @@ def page_mass_matches(module: Any, dtype: torch.dtype, T: int, window: int | Non
         assert want.max() > 0.01
 
 
-def calls(graph: torch.fx.GraphModule) -> set[str]:
-    """Names of the operators of zoo that a graph calls, those of nested regions included."""
+def kernels_match(mine: Kernels, T: int, device: str = "cpu") -> None:
+    """Tail and pages in one softmax are the formula of both, with what each received; and so is a tail alone."""
+    q, q_pos, p, spans = paged(5, torch.float32, T, device=device)
+    _, _, tail = make((2, 6, 2, T, 64, 40), torch.float32, 1, False, None, device=device)
+    weight = torch.rand(2, T, generator=torch.Generator().manual_seed(2)).to(device)
+    of_tail = slot_parts(q.double(), q_pos, wide(tail))
+    for pages, true in ((p, merge(of_tail, paged_parts(q.double(), q_pos, wide(p)))), (None, of_tail)):
+        out, (*sums,), (*settled,) = mine.attention_and_mass(q, q_pos, tail, pages, spans, weight)
+        assert torch.equal(out, mine.attention(q, q_pos, tail, pages, spans)[0])
+        close(out, finish(true, torch.float64), 1e-4, "output")
+        for i in range(2):
+            close(sums[i], slot_mass(q.double(), q_pos, wide(tail), true, weight.double(), i + 1), 1e-4, "mass of the tail")
+            if pages is not None:
+                close(settled[i], paged_mass(q.double(), q_pos, wide(p), true, weight.double(), i + 1), 1e-4, "mass of pages")
+
+
+def sums_repeat(of_slots: Any, of_mass: Any, device: str = "cpu") -> None:
+    """The same bits every time. The interpreter knows only one order: what it shows is that this check runs."""
+    q, q_pos, s = make((1, 4, 2, 16, 64, 3000 if device == "cuda" else 600), torch.bfloat16, 1, True, None, device=device)
+    weight = torch.ones(1, 16, device=device)
+    out, lse = of_slots.slot_attention(q, q_pos, s)
+    first = of_mass.slot_mass(q, q_pos, s, lse, weight)
+    for _ in range(20 if device == "cuda" else 1):
+        again = of_slots.slot_attention(q, q_pos, s)
+        assert torch.equal(out, again[0])
+        assert torch.equal(lse, again[1])
+        assert torch.equal(torch.stack(first), torch.stack(of_mass.slot_mass(q, q_pos, s, lse, weight)))
+
+
+def microseconds(run: Callable[[], Any]) -> float:
+    import triton.testing
+
+    return 1000 * triton.testing.do_bench(run, warmup=50, rep=200, return_mode="median")
+
+
+def graphs(step: Callable[..., Tensor], *args: Any, aot: bool = False) -> tuple[list[torch.fx.GraphModule], Tensor]:
+    """The graphs that Dynamo makes of a step, without breaks, and what it returns. aot: taken through AOTAutograd, as by backends that
+    compile: it refuses some of them."""
+    made: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        made.append(graph)
+        return aot_eager(graph, inputs) if aot else graph.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        return made, torch.compile(step, backend=keep, fullgraph=True)(*args)
+
+
+def targets(graph: torch.fx.GraphModule) -> list[str]:
+    """What a graph calls, nested regions included, in order."""
     modules = [m for m in graph.modules() if isinstance(m, torch.fx.GraphModule)]
-    targets = [str(node.target) for m in modules for node in m.graph.nodes if node.op == "call_function"]
-    return {t.removeprefix("zoo.").partition(".")[0] for t in targets if t.startswith("zoo.")}
+    return [str(node.target) for m in modules for node in m.graph.nodes if node.op in ("call_function", "call_method")]
+
+
+def calls(graph: torch.fx.GraphModule) -> set[str]:
+    """Names of the operators of zoo among them."""
+    return {t.removeprefix("zoo.").partition(".")[0] for t in targets(graph) if t.startswith("zoo.")}
 
 
 def calls_of_a_step(lm: Any, cache: Any, ids: Tensor) -> set[str]:
     """Those of the compiled step that feeds ids (B,); the cache is another one afterwards."""
-    graphs = []
-
-    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
     pos = cache.positions(1)
     cache.reserve(pos)
-    torch._dynamo.reset()
-    with torch.no_grad():
-        torch.compile(lm.step.eager, backend=keep, fullgraph=True)(ids[:, None], pos, cache)
-    return set().union(*map(calls, graphs))
+    made, _ = graphs(lm.step.eager, ids[:, None], pos, cache)
+    return set().union(*map(calls, made))
 
 
 def require_cpu_kernels() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_checkpoint, write_llama
-from kernel_checks import calls_of_a_step
+from kernel_checks import calls_of_a_step, graphs, targets
 
 import zoo
 from zoo import compiled
@@ -196,6 +196,17 @@ def test_a_failing_compiler_falls_back(folder: Path, monkeypatch: pytest.MonkeyP
     assert text == zoo.load(str(folder), compile="off").generate("Call me", 8)
     with pytest.raises(RuntimeError, match="cc1plus"):
         zoo.load(str(folder), compile="on").generate("Call me", 8)
+
+
+def test_runs_of_layers_are_one_region(tmp_path: Path) -> None:
+    """What makes the first compiled token come soon: of twelve layers six are compiled, and called twice."""
+    lm = zoo.load(str(write_llama(tmp_path, num_hidden_layers=12)), backend="eager", compile="off")
+    cache = lm.new_cache()
+    lm.prefill([[5, 6, 7]], cache)
+    (graph,), _ = graphs(lm.step.eager, torch.tensor([[8]]), torch.tensor([[3]]), cache)
+    called = targets(graph)
+    assert sum("invoke_subgraph" in name for name in called) == 2
+    assert sum("index_put" in name for name in called) == 6 * 3  # keys, values, positions
 
 
 def test_unknown_mode() -> None:

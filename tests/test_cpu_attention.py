@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -80,7 +78,7 @@ def test_pages_match_float64(dtype: torch.dtype, T: int, window: int | None) -> 
     """Attention, and the mass of each page in the layer's list; heads without a page say 0 and -inf."""
     q, q_pos, s, spans = paged(5, dtype, T, window=window)
     out, lse = cpu.attention(q, q_pos, nothing(s, 4), s, spans)
-    true = paged_parts(q.double(), q_pos, replace(s, k=s.k.double(), v=s.v.double()))
+    true = paged_parts(q.double(), q_pos, wide(s))
     bound = 1e-5 if dtype == torch.float32 else 2e-2
     ratio = torch.where(true.den[..., None] > 0, true.num / true.den[..., None], 0).view(out.shape)
     assert (out.double() - ratio).abs().max() < bound
@@ -90,7 +88,7 @@ def test_pages_match_float64(dtype: torch.dtype, T: int, window: int | None) -> 
     assert torch.equal(again, out)
     assert all((t == 0).all() for t in none)
     for got, power in zip(masses, (1, 2), strict=True):
-        want = paged_mass(q.double(), q_pos, replace(s, k=s.k.double(), v=s.v.double()), true, weight.double(), power)
+        want = paged_mass(q.double(), q_pos, wide(s), true, weight.double(), power)
         assert (got.double() - want).abs().max() < 3e-5 * T
         assert want.max() > 0.01
 
@@ -106,7 +104,7 @@ def test_a_store_and_pages_share_one_softmax(dtype: torch.dtype, T: int, window:
     weight = torch.rand(2, T)
     out, masses, page_masses = cpu.attention_and_mass(q, q_pos, dense, s, spans, weight)
     assert torch.equal(cpu.attention(q, q_pos, dense, s, spans)[0], out)
-    d, p = wide(dense), replace(s, k=s.k.double(), v=s.v.double())
+    d, p = wide(dense), wide(s)
     whole = merge(slot_parts(q.double(), q_pos, d), paged_parts(q.double(), q_pos, p))
     bound = 1e-5 if dtype == torch.float32 else 2e-2
     assert (out.double() - finish(whole, torch.float64).view(out.shape)).abs().max() < bound

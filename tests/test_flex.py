@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import write_llama
-from kernel_checks import allowed, close, make, paged, wide
+from kernel_checks import allowed, close, kernels_match, make, paged, true_lse, wide
 from mutants import is_caught
 
 import zoo
 from zoo.attention import flex
-from zoo.attention.backends import BACKENDS, choose
-from zoo.attention.slots import Slots, finish, paged_parts, slot_attention, visible
+from zoo.attention.backends import BACKENDS, choose, composed
+from zoo.attention.slots import PagedSlots, Parts, Slots, finish, paged_parts, slot_attention, slot_parts, visible
 from zoo.compiled import missing_tool
 from zoo.errors import ZooError
 
@@ -39,7 +39,7 @@ def pages_match(module: Any, T: int, window: int | None) -> None:
     q, q_pos, s, spans = paged(5, torch.float32, T, window=window)
     with torch.no_grad():
         out = module.flex_pages(q, q_pos, s, spans, lse=False)
-    true = finish(paged_parts(q.double(), q_pos, replace(s, k=s.k.double(), v=s.v.double())), torch.float64)
+    true = finish(paged_parts(q.double(), q_pos, wide(s)), torch.float64)
     close(out, true, allowed(finish(paged_parts(q, q_pos, s), q.dtype), true, q, s), "output of pages")
     assert (out[0, 3:] == 0).all()  # its second head owns nothing
 
@@ -51,6 +51,22 @@ def pages_match(module: Any, T: int, window: int | None) -> None:
 def test_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, weights: bool, window: int | None) -> None:
     """A step, a short chunk and one of several blocks: empty slots, padding, and slots in any order."""
     matches(flex, shape, dtype, weights, window)
+
+
+@pytest.mark.parametrize("T", [1, 4])
+def test_parts_are_merged(T: int) -> None:
+    """What a GPU does with a tail's and with pages' kernel, here by the formula, which gives a log-sum-exp too; masses are flex's own."""
+
+    def answer(parts: Parts, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return finish(parts, q.dtype), true_lse(parts, q[..., 0])
+
+    def of_slots(q: torch.Tensor, q_pos: torch.Tensor, s: Slots) -> tuple[torch.Tensor, torch.Tensor]:
+        return answer(slot_parts(q, q_pos, s), q)
+
+    def of_pages(q: torch.Tensor, q_pos: torch.Tensor, s: PagedSlots, spans: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return answer(paged_parts(q, q_pos, s), q)
+
+    kernels_match(composed(of_slots, of_pages, flex.flex_mass, flex.flex_page_mass), T)
 
 
 @pytest.mark.slow

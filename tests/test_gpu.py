@@ -11,19 +11,18 @@ import kernel_checks as checks
 import pytest
 import torch
 from conftest import write_llama
-from kernel_checks import DTYPES, SHAPES, make
+from kernel_checks import DTYPES, SHAPES, make, microseconds
 
 import zoo
 from zoo.attention import parse
 from zoo.attention.slots import Slots, sdpa
 
-if not torch.cuda.is_available():
-    pytest.skip("no GPU on this machine", allow_module_level=True)
+pytest.importorskip("triton", reason="the package triton is not installed")
 
 from zoo.kernels import column_mass, slot_attention
 from zoo.kernels.launch import launches
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")]
 LONG = [(1, 8, 2, 1, 128, 32768), (1, 8, 1, 16, 128, 5000), (2, 9, 3, 512, 64, 1500), (1, 8, 2, 16, 256, 3000)]
 METHODS = ["full", "sliding:window=40", "subgen:budget=128", "subgen_paper:delta=3,s=20", "h2o:budget=128", "snapkv:budget=128"]
 
@@ -54,11 +53,15 @@ def test_mass(nan_filled: None, shape: tuple[int, ...], dtype: torch.dtype, weig
     checks.page_mass_matches(column_mass, dtype, shape[3], window, "cuda")
 
 
+def test_sums_are_the_same_every_time() -> None:
+    checks.sums_repeat(slot_attention, column_mass, "cuda")
+
+
 @pytest.mark.parametrize("attn", METHODS)
 @pytest.mark.parametrize("compile", ["off", "on"])
 def test_generation(tmp_path: Path, attn: str, compile: str) -> None:
     """The CPU's eager tokens, eager steps and compiled ones; `auto` takes these kernels."""
-    folder = str(write_llama(tmp_path / "m", head_dim=32))
+    folder = str(write_llama(tmp_path / "m", num_hidden_layers=8, head_dim=32))
     cpu = zoo.load(folder, attn=attn, dtype="float32", backend="eager", compile="off")
     gpu = zoo.load(folder, attn=attn, dtype="float32", device="cuda", compile=compile)
     assert gpu.backend == "triton"
@@ -66,12 +69,6 @@ def test_generation(tmp_path: Path, attn: str, compile: str) -> None:
     prompt = "Call me Ishmael. Some years ago, never mind how long precisely. " * 6
     assert gpu.generate(prompt, max_new_tokens=20) == cpu.generate(prompt, max_new_tokens=20)
     assert launches["slot_attention_kernel"] > 0
-
-
-def microseconds(run: object) -> float:
-    import triton.testing
-
-    return 1000 * triton.testing.do_bench(run, warmup=50, rep=200, return_mode="median")
 
 
 @pytest.mark.parametrize("T", [1, 16])
@@ -116,7 +113,7 @@ def test_times(T: int, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_step_is_one_graph(tmp_path: Path) -> None:
     """fullgraph=True compiles once for 40 steps past a block's edge."""
-    lm = zoo.load(str(write_llama(tmp_path / "m", head_dim=32)), device="cuda", dtype="bfloat16", compile="on")
+    lm = zoo.load(str(write_llama(tmp_path / "m", num_hidden_layers=8, head_dim=32)), device="cuda", dtype="bfloat16", compile="on")
     lm.attn = parse("subgen:budget=128")
     cache = lm.new_cache(max_tokens=240)
     ids = torch.randint(0, lm.config.vocab_size, (1, 240), device="cuda")

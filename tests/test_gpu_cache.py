@@ -5,28 +5,28 @@ python -m pytest tests/test_gpu_cache.py -s          prints the table of times; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import cache_checks as checks
 import pytest
 import torch
 from cache_checks import NEAREST, ROTARY
-from kernel_checks import DTYPES, SHAPES, allowed, close, make, paged, wide
+from conftest import write_llama
+from kernel_checks import DTYPES, SHAPES, allowed, close, kernels_match, make, microseconds, wide
 
+import zoo
 from zoo.attention import flex
-from zoo.attention.backends import as_parts, kernels
-from zoo.attention.slots import blend, finish, merge, paged_parts, slot_attention, slot_mass, slot_parts
+from zoo.attention.backends import kernels
+from zoo.attention.slots import slot_attention
 from zoo.attention.store import SlotStore
 from zoo.models.layers import turn
 
-if not torch.cuda.is_available():
-    pytest.skip("no GPU on this machine", allow_module_level=True)
+pytest.importorskip("triton", reason="the package triton is not installed")
 
 from zoo.kernels import nearest, rotary_store
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")]
 OPTIONS = [(), ("tie", "limit"), ("tie", "limit", "scale", "number", "weight", "k", "v")]
 
 
@@ -57,24 +57,22 @@ def test_flex(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("T", [1, 4])
-def test_flex_merges_parts(T: int) -> None:
-    """Tail and pages through FlexAttention, merged by their log-sum-exp, are the formula of both; masses are its masses."""
-    q, q_pos, p, spans = paged(5, torch.float32, T, device="cuda")
-    _, _, tail = make((2, 6, 2, T, 64, 40), torch.float32, 1, False, None, device="cuda")
-    mine = kernels("flex", q, 2)
+@pytest.mark.parametrize("backend", ["flex", "triton"])
+def test_parts_are_merged(backend: str, T: int) -> None:
+    """Tail and pages, each by a kernel of its own, merged by their log-sum-exp."""
+    mine = kernels(backend, torch.zeros(2, 6, T, 64, device="cuda"), 2)
     assert mine is not None
-    one, two = as_parts(mine.slot_attention(q, q_pos, tail), 2), as_parts(mine.page_attention(q, q_pos, p, spans), 2)
-    whole = blend(one, two)
-    true = merge(slot_parts(q.double(), q_pos, wide(tail)), paged_parts(q.double(), q_pos, replace(p, k=p.k.double(), v=p.v.double())))
-    close(whole.num.view(q.shape), finish(true, torch.float64), 1e-4, "output")
-    mass, _ = mine.slot_mass(q, q_pos, tail, whole.max_den.flatten(1, 2), torch.ones(2, T, device="cuda"))
-    close(mass, slot_mass(q.double(), q_pos, wide(tail), true), 1e-4, "mass")
+    kernels_match(mine, T, "cuda")
 
 
-def microseconds(run: Callable[[], Any]) -> float:
-    import triton.testing
-
-    return 1000 * triton.testing.do_bench(run, warmup=50, rep=200, return_mode="median")
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_generation_by_flex(tmp_path: Path, compile: str) -> None:
+    """The CPU's tokens, by a method with a budget: its parts and masses."""
+    folder, attn = str(write_llama(tmp_path / "m", head_dim=32)), "subgen:budget=128"
+    cpu = zoo.load(folder, attn=attn, dtype="float32", backend="eager", compile="off")
+    gpu = zoo.load(folder, attn=attn, dtype="float32", device="cuda", backend="flex", compile=compile)
+    prompt = "Call me Ishmael. Some years ago, never mind how long precisely. " * 6
+    assert gpu.generate(prompt, max_new_tokens=20) == cpu.generate(prompt, max_new_tokens=20)
 
 
 def test_times(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from kernel_checks import wide
 from torch import Tensor
 
 from zoo.attention.backends import BACKENDS, attention
@@ -364,7 +365,7 @@ def test_fused_slots_match_float64(dtype: torch.dtype, seed: int, S: int, T: int
     if seed % 3 == 0:
         q_pos[0, T // 2 :] = -1
     s = Slots(s.k.to(dtype), s.v.to(dtype), s.pos[:, :1] if seed % 5 == 0 else s.pos, s.a, None, window)
-    exact = replace(s, k=s.k.double(), v=s.v.double())
+    exact = wide(s)
     check_fused(
         flash_slots(q.to(dtype), q_pos, s),
         q.to(dtype),
@@ -406,7 +407,7 @@ def test_a_wrong_fused_form_is_noticed() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         q, q_pos, s = make(8, 77, T=4, R=3, weights="a")
         low = Slots(s.k.to(dtype), s.v.to(dtype), s.pos, s.a, None, 9)
-        exact = slot_parts(q.to(dtype).double(), q_pos, replace(low, k=low.k.double(), v=low.v.double()))
+        exact = slot_parts(q.to(dtype).double(), q_pos, wide(low))
         check_fused(flash_slots(q.to(dtype), q_pos, low), q.to(dtype), q_pos, low, exact)
         turned = flash_slots(q.to(dtype).view(2, 2, 3, 4, 16).transpose(2, 3).reshape(q.shape), q_pos, low)
         turned = Parts(*(x.flatten(2, 3).unflatten(2, (4, 3)).transpose(2, 3) for x in turned))

@@ -6,15 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from kernel_checks import calls
+from kernel_checks import calls, graphs
 
 import zoo
 from zoo.attention import parse
 from zoo.attention.backends import choose
+from zoo.attention.slots import Slots
 from zoo.errors import ZooError
 
 pytest.importorskip("triton", reason="the package triton is not installed")
@@ -67,8 +67,7 @@ def test_kernels_refuse_a_cpu() -> None:
         choose("triton", torch.device("cpu"), torch.float32, 64)
     q, k = torch.zeros(1, 2, 1, 64), torch.zeros(1, 1, 5, 64)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
-        torch.ops.zoo.slot_attention_triton(q, torch.zeros(1, 1).long(), k, k, torch.zeros(1, 1, 5, dtype=torch.int32), None, 0)
-    assert slot_attention.HEADS[0] == 64
+        slot_attention.slot_attention(q, torch.zeros(1, 1).long(), Slots(k, k, torch.zeros(1, 1, 5)))
 
 
 @pytest.mark.parametrize(
@@ -96,7 +95,7 @@ def test_a_step_traces_without_a_device(tmp_path: Path, attn: str) -> None:
     from zoo.kernels.launch import launches
 
     lm = zoo.load(str(write_llama(tmp_path, num_hidden_layers=2)), compile="off")
-    lm.attn, graphs = parse(attn), []
+    lm.attn = parse(attn)
     cache = lm.new_cache()
     lm.prefill(torch.randint(0, lm.config.vocab_size, (1, 140)), cache)
     cache.make_room(torch.tensor([141]), 141)
@@ -104,19 +103,12 @@ def test_a_step_traces_without_a_device(tmp_path: Path, attn: str) -> None:
         layer.backend = "triton"
     for part in (lm.model, cache, *(p for layer in cache if (p := getattr(layer, "pages", None)) is not None)):
         part.to("meta")
-
-    def keep(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
     ids, pos = (torch.zeros(1, 1, dtype=torch.int64, device="meta") for _ in range(2))
-    torch._dynamo.reset()
     launches.clear()
-    with torch.no_grad():
-        out = torch.compile(lm.step.eager, backend=keep, fullgraph=True)(ids, pos, cache)
+    made, out = graphs(lm.step.eager, ids, pos, cache)
     assert (out.device.type, out.shape) == ("meta", (1, lm.config.vocab_size))
-    assert len(graphs) == 1
-    called = calls(graphs[0])
+    assert len(made) == 1
+    called = calls(made[0])
     assert ("slot_parts_triton" if attn.startswith("subgen_paper") else "slot_attention_triton") in called
     assert ("page_attention_triton" in called) == attn.startswith("subgen:")
     assert not launches

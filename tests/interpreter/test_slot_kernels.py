@@ -18,6 +18,7 @@ from mutants import is_caught
 from torch import Tensor
 from zoo.kernels import column_mass, launch, slot_attention
 
+from zoo.attention.backends import kernels
 from zoo.attention.slots import PAGE, Slots
 
 pytestmark = pytest.mark.usefixtures("nan_filled")
@@ -91,14 +92,16 @@ def test_nothing_to_see() -> None:
             assert (mass == 0).all()
 
 
-def test_sums_are_the_same_every_time() -> None:
-    q, q_pos, s = make((1, 4, 2, 16, 64, 300), torch.bfloat16, 1, True, None)
-    out, lse = slot_attention.slot_attention(q, q_pos, s)
-    again = slot_attention.slot_attention(q, q_pos, s)
-    assert torch.equal(out, again[0])
-    assert torch.equal(lse, again[1])
-    sums = [column_mass.slot_mass(q, q_pos, s, lse, torch.ones(1, 16)) for _ in range(2)]
-    assert torch.equal(torch.stack(sums[0]), torch.stack(sums[1]))
+def test_checks_that_need_a_gpu_run() -> None:
+    checks.sums_repeat(slot_attention, column_mass)
+
+
+@pytest.mark.parametrize("T", [1, 4])
+def test_parts_are_merged(T: int) -> None:
+    """Tail and pages, each by a kernel of its own, merged by their log-sum-exp."""
+    mine = kernels("triton", torch.zeros(2, 6, T, 64), 2)
+    assert mine is not None
+    checks.kernels_match(mine, T)
 
 
 # Bytes
@@ -133,7 +136,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Tensor]]:
     return counting
 
 
-@pytest.mark.parametrize("R", [1, 4, 8])
+@pytest.mark.parametrize("R", [1, 8])
 def test_keys_and_values_are_read_once(read: Callable[..., list[Tensor]], R: int) -> None:
     """32,768 slots of one kv head, a decode step: every number exactly once, however many query heads share it."""
     S, D = 2**15, 64
@@ -146,16 +149,18 @@ def test_keys_and_values_are_read_once(read: Callable[..., list[Tensor]], R: int
     assert (values == 1).all()
 
 
-def test_sixteen_tokens_of_eight_heads_are_one_tile(read: Callable[..., list[Tensor]]) -> None:
-    q, _, s = make((1, 8, 1, 16, 128, 200), torch.bfloat16, 1, False, None)
+@pytest.mark.parametrize(("dtype", "D", "tiles"), [(torch.bfloat16, 128, 1), (torch.float16, 64, 1), (torch.float32, 64, 8)])
+def test_sixteen_tokens_of_eight_heads(read: Callable[..., list[Tensor]], dtype: torch.dtype, D: int, tiles: int) -> None:
+    """One tile reads keys and values once; float32 has tiles of 16 rows."""
+    q, _, s = make((1, 8, 1, 16, D, 200), dtype, 1, False, None)
     s = replace(s, k=s.k.contiguous(), v=s.v.contiguous(), pos=torch.arange(200, dtype=torch.int32).view(1, 1, -1))
     keys, values = read(lambda: slot_attention.slot_attention(q, torch.arange(184, 200)[None], s), s.k, s.v)
-    assert (keys == 1).all()
-    assert (values == 1).all()
+    assert (keys == tiles).all()
+    assert (values == tiles).all()
 
 
 def test_what_no_query_may_see_is_not_read(read: Callable[..., list[Tensor]]) -> None:
-    """Neither keys nor values of empty slots, of those behind the window, or of those ahead of all queries; no weights that are absent."""
+    """Neither keys nor values of empty slots, of those behind the window, or of those ahead of all queries."""
     q, _, s = make((1, 4, 2, 2, 64, 700), torch.float32, 1, True, 100)
     pos = torch.arange(700, dtype=torch.int32).expand(1, 2, 700).clone()
     pos[:, :, 520:540] = -1
@@ -199,6 +204,8 @@ def test_operators_are_well_behaved() -> None:
     ):
         with pytest.raises(RuntimeError, match=says):
             ops.slot_attention_triton(*wrong)
+    with pytest.raises(RuntimeError, match="slot_parts can"):
+        slot_attention.slot_attention(q, q_pos, replace(s, b=s.a))
 
 
 # Mutants

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from zoo.attention.clustering import TIE, rounded, sums, ward
-from zoo.attention.slots import PagedSlots, Parts, Slots, blend, finish, sdpa, slot_attention, slot_parts
+from zoo.attention.slots import PagedSlots, Parts, Slots, blend, divided, finish, sdpa, slot_attention, slot_parts
 from zoo.errors import ZooError
 from zoo.folders import cache_folder
 
@@ -73,11 +73,7 @@ def triton_parts(q: Tensor, q_pos: Tensor, slots: Slots) -> Parts:
     """`slot_parts` by the GPU kernels."""
     from zoo.kernels import slot_attention as gpu
 
-    num, top, den, top_b = gpu.slot_parts(q, q_pos, slots)
-    B, H, T, width = num.shape
-    G = slots.k.shape[1]
-    top, den, top_b = (x.view(B, G, H // G, T) for x in (top, den, top_b))
-    return Parts(num.view(B, G, H // G, T, width), top, den, top_b)
+    return Parts(*(x.unflatten(1, (slots.k.shape[1], -1)) for x in gpu.slot_parts(q, q_pos, slots)))
 
 
 def parts(q: Tensor, q_pos: Tensor, slots: Slots, backend: str) -> Parts:
@@ -137,11 +133,9 @@ def composed(
 
 
 def as_parts(answer: tuple[Tensor, Tensor], heads: int) -> Parts:
-    """What attention kernels return, as Parts whose num is the output and whose maxima are its log-sum-exp: for `blend`."""
-    out, lse = answer
-    B, H, T, D = out.shape
-    lse = lse.view(B, heads, H // heads, T)
-    return Parts(out.to(lse.dtype).view(B, heads, H // heads, T, D), lse, (lse > -torch.inf).to(lse.dtype), lse)
+    """What attention kernels return, output (B, H, T, D) and log-sum-exp (B, H, T), for `blend`."""
+    out, lse = (x.unflatten(1, (heads, -1)) for x in answer)
+    return divided(out, lse)
 
 
 class Clustering(NamedTuple):

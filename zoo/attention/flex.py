@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from zoo.attention.slots import PAGE, PagedSlots, Parts, Slots, paged_mass, slot_mass
+from zoo.attention.slots import PAGE, PagedSlots, Parts, Slots, divided, paged_mass, slot_mass
 from zoo.errors import ZooError
 
 BLOCK = 128  # rows and columns of a block of the mask
@@ -152,7 +152,7 @@ def visible_blocks(q_pos: Tensor, pos: Tensor, window: int | None) -> tuple[Tens
 def whole(lse: Tensor, heads: int) -> Parts:
     """Parts that say as much as a log-sum-exp (B, H, T) does."""
     lse = lse.unflatten(1, (heads, -1))
-    return Parts(lse, lse, (lse > -torch.inf).to(lse.dtype), lse)
+    return divided(lse, lse)
 
 
 def flex_mass(q: Tensor, q_pos: Tensor, slots: Slots, lse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

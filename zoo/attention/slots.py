@@ -251,11 +251,16 @@ def sdpa(q: Tensor, q_pos: Tensor, slots: Slots) -> Tensor:
 
 def flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, queries: int) -> Parts:
     """One fused pass on a CPU for q (B, G, R T, D), k, v (B, G, S, D), with what is added to scores, bias (B or 1, G or 1, R T or 1, S):
-    Parts whose num is the output and whose maxima are its log-sum-exp. Keys and values stay in their own dtype; sums are float32."""
+    `divided` Parts. Keys and values stay in their own dtype; sums are float32."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
     some = bias.amax(-1) > -torch.inf
     lse = lse.masked_fill(~some, -torch.inf).unflatten(2, (-1, queries))  # the kernel says 0 where nothing is seen
-    return Parts(out.to(lse.dtype).unflatten(2, (-1, queries)), lse, (lse > -torch.inf).to(lse.dtype), lse)
+    return divided(out.unflatten(2, (-1, queries)), lse)
+
+
+def divided(out: Tensor, lse: Tensor) -> Parts:
+    """An output (B, G, R, T, D) and its log-sum-exp (B, G, R, T), as Parts whose num is the output and whose maxima are the log-sum-exp."""
+    return Parts(out.to(lse.dtype), lse, (lse > -torch.inf).to(lse.dtype), lse)
 
 
 def flash_slots(q: Tensor, q_pos: Tensor, slots: Slots) -> Parts:
@@ -302,11 +307,11 @@ def flash_pages(q: Tensor, q_pos: Tensor, slots: PagedSlots) -> Parts:
     num, lse = out.to(wide).view(B, heads // B, -1, T, D), lse.view(B, heads // B, -1, T)
     lse = lse.masked_fill((q_pos < 0)[:, None, None], -torch.inf)  # a padded query sees nothing, whatever lies in the pages
     num = num * (q_pos >= 0)[:, None, None, :, None]
-    return Parts(num, lse, (lse > -torch.inf).to(wide), lse)
+    return divided(num, lse)
 
 
 def blend(x: Parts, y: Parts) -> Parts:
-    """`merge` of two parts that `flash` made, whose num is an output already."""
+    """`merge` of two `divided` parts."""
     share = (y.max_den - x.max_den).sigmoid().nan_to_num(0.0)  # NaN where neither saw anything
     lse = torch.logaddexp(x.max_den, y.max_den)
     return Parts(torch.lerp(x.num, y.num, share[..., None]), lse, torch.maximum(x.den, y.den), lse)

@@ -261,29 +261,37 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat(turned if 2 * n == x.shape[-1] else [*turned, wide[..., 2 * n :]], -1).to(x.dtype)
 
 
+def rotates(cache: Any, tokens: int) -> bool:
+    """Whether a cache rotates calls of this many tokens itself."""
+    return isinstance(cache, Cache) and cache.rotates(tokens)
+
+
 def attend(cache: Any, q: Tensor, k: Tensor, v: Tensor, pos: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """q (B, H, T, D), k, v (B, G, T, D), not rotated yet -> out (B, H, T, D): `cache.attend` of them rotated; a cache that says so does the
     rotation itself, in one pass with the write."""
-    if isinstance(cache, Cache) and cache.rotates(q.shape[2]):
+    if rotates(cache, q.shape[2]):
         return cache.attend_rotating(q, k, v, pos, cos, sin)
     return cache.attend(turn(q, cos, sin), turn(k, cos, sin), v, pos)
 
 
 def spans(layers: Sequence[nn.Module] | nn.ModuleList, caches: Sequence[Any]) -> Iterator[tuple[list[nn.Module], list[Any]]]:
-    """The layers with their caches in equal runs of at most six: what `run` takes at a time."""
+    """The layers with their caches in equal runs of at most six: what `region` takes at a time."""
     n = len(layers)
     size = max(k for k in range(1, 7) if n % k == 0)
     for i in range(0, n, size):
         yield list(layers)[i : i + size], list(caches)[i : i + size]
 
 
-@torch.compiler.nested_compile_region
 def run(layers: list[nn.Module], caches: list[Any], x: Tensor, cos: Tensor, sin: Tensor, pos: Tensor) -> Tensor:
-    """x (B, T, C) through some layers. torch.compile compiles the first such run and reuses its code for the others, which
-    makes the first compiled token come two to three times sooner; alone it is an ordinary loop."""
+    """x (B, T, C) through some layers."""
     for layer, cache in zip(layers, caches, strict=True):
         x = layer(x, cos, sin, pos, cache)
     return x
+
+
+# The same, of which torch.compile compiles the first call and reuses its code for the others: the first compiled token comes two to three
+# times sooner. Not for what writes into caches by an operator of ours: PyTorch refuses those in a region that is called twice.
+region = torch.compiler.nested_compile_region(run)
 
 
 class CausalLM(nn.Module):
@@ -306,8 +314,10 @@ class CausalLM(nn.Module):
         caches = [without] * len(layers) if cache is None else list(cache)
         pos = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) if pos is None else pos
         cos, sin = self.rotary.tables(pos)
+        if any(rotates(c, x.shape[1]) for c in caches):
+            return run(list(layers), caches, x, cos, sin, pos)
         for some, theirs in spans(layers, caches):
-            x = run(some, theirs, x, cos, sin, pos)
+            x = region(some, theirs, x, cos, sin, pos)
         return x
 
     def forward(self, ids: Tensor, cache: Caches | None = None, pos: Tensor | None = None) -> Tensor:
