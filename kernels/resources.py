@@ -5,7 +5,9 @@ and stack are what ptxas says as it makes the binary, and the metadata in AMD's 
 tile, of which the worst of its variants (with or without log-weights, dense or in pages) counts. Exit code 1 where a vector register is
 spilled, scratch memory is used, or a block wants more shared memory than the chip has.
 
-Results are kept by source, so that a second run takes seconds.
+What was found is on record in kernels/resources.json, under a hash of each configuration and of the kernel's own text: what has not changed
+since, under the same Triton, is not compiled again (all of it takes 15 minutes of a core). `--again` compiles it all the same, and says
+where the record is wrong; `--write` renews the record, and the table in kernels/README.md.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import concurrent.futures
 import contextlib
 import hashlib
 import importlib
-import inspect
 import io
 import json
 import multiprocessing
@@ -23,13 +24,12 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from zoo.folders import cache_folder
-
 MODULES = ("slot_attention", "column_mass", "nearest", "rotary_store")
+RECORD = Path(__file__).with_name("resources.json")
 START, END = "<!-- resources -->", "<!-- end of resources -->"  # in kernels/README.md
 
 
@@ -75,8 +75,45 @@ def occupancy(used: Used, warps: int, chip: Chip) -> float:
     return blocks * warps / chip.warps
 
 
+def text(kernel: Any) -> dict[str, str]:
+    """The source of a kernel and of what it calls, and the constants that they name."""
+    import triton
+
+    found, wait = {kernel.__name__: kernel.src}, [kernel]
+    while wait:
+        function = wait.pop().fn
+        for name in function.__code__.co_names:
+            value = function.__globals__.get(name)
+            if isinstance(value, triton.language.constexpr):
+                found[name] = str(value.value)
+            elif isinstance(value, triton.JITFunction) and name not in found:
+                found[name] = value.src
+                wait.append(value)
+    return found
+
+
+def key(c: Any) -> str:
+    """What a configuration's binaries are a function of, the version of Triton aside."""
+    about = (
+        text(c.kernel),
+        dict(c.signature),
+        dict(c.constexprs),
+        sorted(c.aligned),
+        [c.options.of(chip.backend) for chip in CHIPS.values()],
+    )
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def recorded() -> dict[str, dict[str, Used]]:
+    """Of the installed Triton: key of a configuration -> chip -> what it takes."""
+    known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    if known.get("triton") != triton_version():
+        return {}
+    return {k: {name: Used(*used) for name, used in zip(CHIPS, each, strict=True)} for k, each in known["binaries"].items()}
+
+
 def look(index: int, name: str) -> Used:
-    """Compile the configuration of that index for a chip, or look up what was found before. Runs in a process of its own."""
+    """Compile the configuration of that index for a chip. Runs in a process of its own."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -86,22 +123,13 @@ def look(index: int, name: str) -> Used:
     aligned = [i for i, (a, kind) in enumerate(signature.items()) if kind.startswith("*") or (a in c.aligned and kind != "constexpr")]
     constants = {a: value for a, value in c.constexprs.items() if a in signature}
     source = ASTSource(c.kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    options = c.options.of(chip.backend)
-    about = f"{source.hash()} {name} {options} {triton.__version__} {inspect.getsource(nvidia)} {inspect.getsource(amd)}"
-    kept = cache_folder() / "kernels" / "resources" / f"{hashlib.sha256(about.encode()).hexdigest()[:24]}.json"
-    if kept.exists():
-        return Used(*json.loads(kept.read_text()))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["TRITON_CACHE_DIR"] = folder
         triton.knobs.nvidia.dump_ptxas_log = True
         with contextlib.redirect_stdout(io.StringIO()) as said:
-            binary = triton.compile(source, target=GPUTarget(chip.backend, chip.arch, chip.width), options=options)
-        used = Used(*(nvidia(said.getvalue()) if chip.backend == "cuda" else amd(binary.asm["amdgcn"])), binary.metadata.shared)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    part = kept.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(used))
-    os.replace(part, kept)
-    return used
+            target = GPUTarget(chip.backend, chip.arch, chip.width)
+            binary = triton.compile(source, target=target, options=c.options.of(chip.backend))
+    return Used(*(nvidia(said.getvalue()) if chip.backend == "cuda" else amd(binary.asm["amdgcn"])), binary.metadata.shared)
 
 
 def nvidia(said: str) -> tuple[int, int]:
@@ -124,13 +152,15 @@ def amd(assembly: str) -> tuple[int, int]:
     return number("vgpr_count"), number("private_segment_fixed_size") + 4 * number("vgpr_spill_count")
 
 
-def measure(chips: Sequence[str], processes: int, every: int = 1) -> Iterator[tuple[Any, str, Used]]:
-    """(configuration, chip, what it takes) for everything that ships, or every so many of it."""
-    all_of_them = configurations()
-    jobs = [(i, name) for i in range(0, len(all_of_them), every) for name in chips]
-    with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-        for (i, name), used in zip(jobs, pool.map(look, *zip(*jobs, strict=True), chunksize=4), strict=True):
-            yield all_of_them[i], name, used
+def measure(chips: Sequence[str], processes: int, every: int = 1, again: bool = False) -> list[tuple[Any, str, Used]]:
+    """(configuration, chip, what it takes) for everything that ships, or every so many of it; what is on record is not compiled."""
+    every_one, known = configurations(), {} if again else recorded()
+    jobs = [(i, name) for i in range(0, len(every_one), every) for name in chips]
+    found = {(i, name): known[k][name] for i, name in jobs if (k := key(every_one[i])) in known}
+    if missing := [job for job in jobs if job not in found]:
+        with concurrent.futures.ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            found |= zip(missing, pool.map(look, *zip(*missing, strict=True), chunksize=4), strict=True)
+    return [(every_one[i], name, found[i, name]) for i, name in jobs]
 
 
 def table(found: Sequence[tuple[Any, str, Used]], chips: Sequence[str]) -> str:
@@ -162,10 +192,12 @@ def triton_version() -> str:
 
 
 def wrong(found: Sequence[tuple[Any, str, Used]]) -> list[str]:
-    """Configurations that spill or do not fit."""
-    lines = []
+    """Configurations that spill, do not fit, or are on record as something else."""
+    lines, known = [], recorded()
     for c, chip, used in found:
         about = f"{c.kernel.__name__} ({c.name}) on {chip}"
+        if (other := known.get(key(c), {}).get(chip, used)) != used:
+            lines.append(f"{about}: {tuple(used)}, on record as {tuple(other)}; --again --write renews the record")
         if used.spilled:
             lines.append(f"{about}: {used.spilled} bytes of spills and stack")
         if used.shared > CHIPS[chip].block:
@@ -178,21 +210,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--chips", nargs="+", default=list(CHIPS), choices=list(CHIPS))
     p.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile at a time")
     p.add_argument("--every", type=int, default=1, metavar="N", help="compile every N-th configuration only")
-    p.add_argument("--write", action="store_true", help="put the table into kernels/README.md")
+    p.add_argument("--write", action="store_true", help="renew the record, and the table in kernels/README.md")
+    p.add_argument("--again", action="store_true", help="compile also what is on record")
     args = p.parse_args(argv)
+    if args.write and (args.every > 1 or args.chips != list(CHIPS)):
+        p.error("--write needs every configuration for all chips; leave out --every and --chips")
     os.environ.pop("TRITON_INTERPRET", None)  # nothing can be compiled under it
-    found = list(measure(args.chips, args.processes, args.every))
-    about = f"Triton {triton_version()}; in each cell registers a thread, KiB of shared memory a block, occupancy."
-    shown = f"{table(found, args.chips)}\n\n{about}"
-    print(shown)
+    found = measure(args.chips, args.processes, args.every, args.again)
+    lines = wrong(found)
+    print(shown(found, args.chips))
     if args.write:
-        readme = Path(__file__).with_name("README.md")
-        text = readme.read_text()
-        before, after = text.partition(START)[0], text.partition(END)[2]
-        readme.write_text(f"{before}{START}\n{shown}\n{END}{after}")
-    for line in wrong(found):
+        write(found)
+    for line in lines:
         print(line, file=sys.stderr)
-    return 1 if wrong(found) else 0
+    return 1 if lines else 0
+
+
+def shown(found: Sequence[tuple[Any, str, Used]], chips: Sequence[str]) -> str:
+    about = f"Triton {triton_version()}; in each cell registers a thread, KiB of shared memory a block, occupancy."
+    return f"{table(found, chips)}\n\n{about}"
+
+
+def write(found: Sequence[tuple[Any, str, Used]]) -> None:
+    """The record, a line a configuration, and the table."""
+    each: dict[str, list[Used]] = {}
+    for c, _, used in found:
+        each.setdefault(key(c), []).append(used)
+    binaries = ",\n".join(f'"{k}": {json.dumps(all_chips)}' for k, all_chips in each.items())
+    RECORD.write_text(f'{{"triton": "{triton_version()}", "binaries": {{\n{binaries}\n}}}}\n')
+    readme = RECORD.with_name("README.md")
+    before, after = readme.read_text().partition(START)[0], readme.read_text().partition(END)[2]
+    readme.write_text(f"{before}{START}\n{shown(found, list(CHIPS))}\n{END}{after}")
 
 
 if __name__ == "__main__":
