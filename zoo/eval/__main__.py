@@ -18,7 +18,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,24 +37,16 @@ def arguments(argv: list[str] | None) -> Any:
     cli.loading(p)
     p.set_defaults(compile="off")  # `auto` depends on what was compiled before: two runs would not be alike to the last bit
     p.add_argument("--tasks", default="kl", metavar="A,B", help="of kl, ppl, attn, passkey, lines, niah, needle, vt, cwe, fwe")
-    p.add_argument(
-        "--attn", nargs="+", default=["full", "subgen"], metavar="METHOD", help="such as full sliding:window=25%% subgen:budget=25%%"
-    )
+    p.add_argument("--attn", nargs="+", default=["full", "subgen"], metavar="METHOD", help="full sliding:window=25%% subgen:budget=25%%")
     p.add_argument("--lengths", default="1k,2k", metavar="N,N", help="tokens of the prompt, at most: 512,2k,7.5k")
-    p.add_argument(
-        "--protocols", default="prefill", metavar="A,B", help="prefill: compressed at the prompt's end; stream: never over budget"
-    )
+    p.add_argument("--protocols", default="prefill", metavar="A,B", help="prefill: compressed at its end; stream: never over budget")
     p.add_argument("--question", default="unseen", metavar="A,B", help="unseen or seen: whether a cache knows it while it compresses")
     p.add_argument("--samples", type=int, default=8, help="prompts of each task, variant and length")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--text", type=Path, metavar="FILE", help="a long text; without it, the reference that comes with Python")
-    p.add_argument(
-        "--data", type=Path, metavar="FILE.jsonl", help="questions of your own, a line each: context, input, answers (as LongBench)"
-    )
+    p.add_argument("--data", type=Path, metavar="FILE.jsonl", help="your own questions, a line each: context, input, answers")
     p.add_argument("--niah", default="single,multikey,multivalue,multiquery", metavar="A,B", help="variants of the task niah")
-    p.add_argument(
-        "--depths", metavar="A,B", help="where the needle stands, in %% of the context, such as 0,25,50,75,100; anywhere unless given"
-    )
+    p.add_argument("--depths", metavar="A,B", help="where needles stand, in %% of the context: 0,25,50,75,100; anywhere unless given")
     p.add_argument("--baseline", metavar="METHOD", help="one of --attn: report differences to it, too")
     p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where results go; an interrupted run is continued")
     args = p.parse_args(argv)
@@ -89,7 +81,11 @@ def validate(args: Any) -> None:
     from zoo.eval.protocols import PROTOCOLS, method_of
     from zoo.eval.tasks import TASKS
 
-    choices = [("tasks", args.tasks, TASKS), ("protocols", args.protocols, PROTOCOLS), ("question", args.question, ("unseen", "seen"))]
+    choices: list[tuple[str, list[str], Collection[str]]] = [
+        ("tasks", args.tasks, TASKS),
+        ("protocols", args.protocols, PROTOCOLS),
+        ("question", args.question, ("unseen", "seen")),
+    ]
     for name, given, known in choices:
         if unknown := [x for x in given if x not in known]:
             raise ZooError(f"--{name} {unknown[0]!r} is unknown; choose of {', '.join(known)}")

@@ -41,7 +41,7 @@ def top1(true: Tensor, other: Tensor) -> float:
 
 
 def errors(true: Tensor, other: Tensor) -> Tensor:
-    """Relative error |other - true| / |true| of attention outputs (layers, heads, T, D) -> (layers, heads): Frobenius norms over T and D."""
+    """Relative error |other - true| / |true| of attention outputs (layers, heads, T, D) -> (layers, heads), by Frobenius norms."""
     true, other = true.double(), other.double()
     return (other - true).flatten(2).norm(dim=2) / true.flatten(2).norm(dim=2)
 

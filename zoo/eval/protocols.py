@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from zoo.attention import Attention, Budget, parse
+from zoo.attention.budgeted import Budgeted
 from zoo.attention.cache import Caches
 from zoo.errors import ZooError
 from zoo.lm import CHUNK, LM
@@ -31,20 +32,20 @@ Forward = Callable[[Tensor, Tensor, Caches], Tensor]  # ids, pos (1, T), cache -
 
 
 def method_of(spelling: str, protocol: str, tokens: int) -> Attention:
-    """The method as it runs under a protocol on a prompt of so many tokens. `sliding:window=25%` is a share of them, too. Raises ZooError."""
+    """The method as it runs under a protocol on a prompt of so many tokens, of which `sliding:window=25%` is a share. Raises ZooError."""
     share = re.fullmatch(r"(sliding:window=)(\d+(?:\.\d+)?%)", spelling.strip())
     method = parse(share[1] + str(max(1, Budget.parse(share[2]).tokens(tokens))) if share else spelling)
-    if not hasattr(method, "when"):
+    if not isinstance(method, Budgeted):
         return method
     if "when=" in spelling:
         raise ZooError(f"--attn {spelling}: the protocol says when to compress (--protocols prefill,stream); leave `when` out")
-    return dataclasses.replace(method, when=PROTOCOLS[protocol])  # type: ignore[type-var]
+    return dataclasses.replace(method, when=PROTOCOLS[protocol])
 
 
 def same_reading(method: Attention) -> Attention:
     """A key for methods whose caches are the same until the prompt's end."""
-    if getattr(method, "when", None) == "prompt":
-        return dataclasses.replace(method, budget=Budget(100, percent=True)) if not getattr(method, "delta", 0) else method  # type: ignore[type-var]
+    if isinstance(method, Budgeted) and method.when == "prompt" and not getattr(method, "delta", 0):
+        return dataclasses.replace(method, budget=Budget(100, percent=True))
     return method
 
 
@@ -151,11 +152,8 @@ def read(lm: LM, method: Attention, ids: Sequence[int], more: int = 0, forward: 
     return run
 
 
-def end(run: Run, method: Attention | None = None) -> Run:
-    """The prompt is over: compress. With a method, a copy is compressed as that one would: it must be of the same reading."""
-    if method is not None:
-        run = run.clone()
-        adopt(run.cache, method)
+def end(run: Run) -> Run:
+    """The prompt is over: compress."""
     start = time.perf_counter()
     run.cache.end_prompt()
     run.seconds += time.perf_counter() - start
@@ -163,14 +161,14 @@ def end(run: Run, method: Attention | None = None) -> Run:
     return run
 
 
-def adopt(cache: Any, method: Attention) -> None:
-    """Go on as this method's cache."""
+def adopt(cache: Any, method: Budgeted) -> None:
+    """Go on as this method's cache, from a reading that is the same."""
     cache.about = cache.about.replace(str(cache.method), str(method), 1)
     cache.method = method
     for layer in cache:
         layer.method = method
-    if not method.budget.percent:  # type: ignore[attr-defined]
-        cache.held.fill_(method.slots(0))  # type: ignore[attr-defined]
+    if not method.budget.percent:
+        cache.held.fill_(method.slots(0))
 
 
 class FullBytes:

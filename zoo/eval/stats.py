@@ -49,7 +49,7 @@ def estimate(values: Sequence[float]) -> dict[str, Any]:
 
 
 def difference(rows: Iterable[Row], others: dict[tuple[Any, ...], Row], score: str) -> dict[str, Any] | None:
-    """Mean of score minus the other's score at the same prompts. `distinct`: whether the interval leaves out 0; None where there is none."""
+    """Mean of score minus the other's score at the same prompts. `distinct`: whether the interval leaves out 0."""
     pairs = [(row["scores"][score], other["scores"].get(score)) for row in rows if (other := others.get(prompt_of(row)))]
     values = [a - b for a, b in pairs if a is not None and b is not None]
     if not values:
@@ -60,8 +60,8 @@ def difference(rows: Iterable[Row], others: dict[tuple[Any, ...], Row], score: s
 
 
 def summary(rows: Sequence[Row], baseline: str | None = None) -> list[dict[str, Any]]:
-    """One dict for each cell, in the order in which they first come: CELL; scores: name -> mean, low, high, n, to_full and to_baseline (mean
-    difference, low, high, n, distinct; None for the method itself, or where nothing pairs); bytes: means, and `share` of the full cache."""
+    """One dict for each cell, in the order in which they first come: CELL; scores: name -> mean, low, high, n, to_full and to_baseline (the
+    mean difference, low, high, n, distinct; None for itself, or where nothing pairs); bytes: means, and `share` of the full cache."""
     cells: dict[tuple[Any, ...], list[Row]] = {}
     by_method: dict[str, dict[tuple[Any, ...], Row]] = {}
     for row in rows:
