@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import base64
 import json
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from zoo.attention.full import Full
 from zoo.attention.slots import Slots, slot_attention, slot_scores
 from zoo.attention.subgen import SubGenCache
 from zoo.errors import ZooError
+from zoo.eval import records
 
 if TYPE_CHECKING:
     from zoo.attention.cache import Cache, Caches
@@ -197,23 +197,8 @@ def page(picture: Picture, about: dict[str, Any]) -> str:
         "error": packed((1e4 * p.error).round().clamp(max=65535).to(torch.uint16)),
     }
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # no text may end the script that holds it
-    return template("show.html").replace("{{data}}", text)
-
-
-def template(name: str) -> str:
-    return resources.files("zoo.eval").joinpath(name).read_text(encoding="utf-8")
-
-
-def write(path: Path, text: str) -> None:
-    """The file appears whole or not at all. Raises ZooError."""
-    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        tmp.write_text(text, encoding="utf-8")
-        os.replace(tmp, path)
-    except OSError as e:
-        raise ZooError(f"cannot write {path}: {e.strerror}") from e
-    finally:
-        tmp.unlink(missing_ok=True)
+    page = resources.files("zoo.eval").joinpath("show.html").read_text(encoding="utf-8")
+    return page.replace("{{data}}", text)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -242,5 +227,8 @@ def main(argv: list[str] | None = None) -> None:
     lm = zoo.load(args.model, attn=args.attn, dtype=args.dtype, device=args.device, compile="off", backend=args.backend)
     picture = look(lm, lm.tokenizer.encode(text)[: max(args.tokens, 0)], args.queries, cli.Progress())
     about = {"attn": str(lm.attn), "model": Path(args.model).name, "source": Path(args.file).name}
-    write(args.out, page(picture, about))
+    try:
+        records.replace(args.out, page(picture, about).encode())
+    except OSError as e:
+        raise ZooError(f"cannot write {args.out}: {e.strerror}") from None
     print(f"{args.out}: {args.out.stat().st_size / 2**20:.2f} MiB")

@@ -1,0 +1,101 @@
+"""report.html: the tables of report.md and the plots, in one file that needs nothing else."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from typing import Any
+
+from zoo.eval import plots
+from zoo.eval.report import LEGEND, Part, Table, about, main_score, place_name, places, table
+
+
+def template(name: str) -> str:
+    return resources.files("zoo.eval").joinpath(name).read_text(encoding="utf-8")
+
+
+def page(parts: Sequence[Part], baseline: str | None) -> str:
+    body = ["<header><h1>What the caches cost</h1>", f"<p class=dim>{marked(LEGEND)}</p></header>", contents(parts), "<main>"]
+    for i, part in enumerate(parts):
+        body += [f'<section aria-labelledby="part{i}"><h2 id="part{i}">{escaped(part.name())}</h2>', "<ul>"]
+        body += [*(f"<li>{marked(line)}</li>" for line in about(part)), "</ul>"]
+        if part.twice:
+            body.append(f"<p>{part.twice} rows stood in several folders; the first folder's count.</p>")
+        body += [f'<h3 id="plots{i}">Plots</h3>', *drawn(part), f'<h3 id="tables{i}">Tables</h3>']
+        body += [tabular(table(place, cells, baseline), f"table{i}-{n}") for n, (place, cells) in enumerate(places(part.cells).items())]
+        body.append("</section>")
+    return template("report.html").replace("{{body}}", "\n".join([*body, "</main>"]))
+
+
+def contents(parts: Sequence[Part]) -> str:
+    lines = ['<nav aria-label="Contents"><ul>']
+    for i, part in enumerate(parts):
+        lines += [f'<li><a href="#part{i}">{escaped(part.name())}</a></li>', f'<li><a href="#plots{i}">Plots</a></li>']
+        lines += [f'<li><a href="#table{i}-{n}">{escaped(place_name(place))}</a></li>' for n, place in enumerate(places(part.cells))]
+    return "\n".join([*lines, "</ul></nav>"])
+
+
+def drawn(part: Part) -> Iterator[str]:
+    """The plots of a part; those of further scores are folded away."""
+    for place, cells in plots.alike(part.cells).items():
+        name = place_name((*place, 0)).rpartition(", ")[0]
+        first = next((score for cell in cells if (score := main_score(cell))), None)
+        for score in dict.fromkeys(score for cell in cells for score in cell["scores"]):
+            lengths = {cell["length"] for cell in cells}
+            found = [figure(plots.frontier(cells, score, f"{name}: {score} against bytes"), f"{name}: {score} against the cache's bytes")]
+            if len(lengths) > 1:
+                found.append(figure(plots.curves(cells, score, f"{name}: {score} against length"), f"{name}: {score} against length"))
+            yield from found if score == first else folded(f"{name}: {score}", found)
+        score, grid = plots.grids(part, cells)
+        if grid:
+            yield figure(plots.heat(score, grid, f"{name}: {score} by depth and length"), f"{name}: {score} by depth and length")
+    yield from costs(part)
+
+
+def costs(part: Part) -> Iterator[str]:
+    """Bytes and milliseconds, of the task that has most lengths: they do not depend on what is asked."""
+    for protocol in dict.fromkeys(cell["protocol"] for cell in part.cells):
+        some = [cells for place, cells in plots.alike(part.cells).items() if protocol in place]
+        widest = max(some, key=lambda cells: (len({c["length"] for c in cells}), len(cells)))
+        what = "at the most" if protocol == "stream" else "at the end"
+        yield figure(plots.bytes_used(widest, f"{protocol}: bytes against tokens"), f"{protocol}: the cache's bytes {what} against tokens")
+        for which in ("prefill", "decode"):
+            timed = [cells for cells in some if any(cell["rate"][which] for cell in cells)]
+            if timed:
+                widest = max(timed, key=lambda cells: (len({c["length"] for c in cells}), len(cells)))
+                title = f"{protocol}: milliseconds a token against length, {which}"
+                yield figure(plots.times(widest, which, title), title)
+
+
+def figure(svg: str, caption: str) -> str:
+    return f"<figure><figcaption>{escaped(caption)}</figcaption>{svg}</figure>"
+
+
+def folded(title: str, inside: list[str]) -> Iterator[str]:
+    yield f"<details><summary>{escaped(title)}</summary>"
+    yield from inside
+    yield "</details>"
+
+
+def tabular(t: Table, name: str) -> str:
+    """A table that scrolls on its own, by keyboard too."""
+    why = t.head.index("rank")
+    lines = [
+        f'<div class="table" tabindex="0" role="region" aria-labelledby="{name}"><table><caption id="{name}">{escaped(t.caption)}</caption>'
+    ]
+    lines.append("<thead><tr>" + "".join(f'<th scope="col">{escaped(x)}</th>' for x in t.head) + "</tr></thead><tbody>")
+    for row in t.body:
+        cells = [f'<td class="why">{escaped(x)}</td>' if i == why else f"<td>{escaped(x)}</td>" for i, x in enumerate(row)]
+        lines.append(f'<tr><th scope="row">{marked(row[0])}</th>' + "".join(cells[1:]) + "</tr>")
+    return "\n".join([*lines, "</tbody></table></div>"])
+
+
+def marked(text: str) -> str:
+    """Markdown's `code`."""
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", escaped(text))
+
+
+def escaped(text: Any) -> str:
+    return html.escape(str(text))

@@ -1,0 +1,289 @@
+"""The report's plots, as SVG that takes its colours from the page: light or dark, without a second rendering.
+
+Matplotlib is given colours that mean nothing; in the SVG they become CSS variables (--c0, --c1, ... for series) and currentColor. Text
+stays text, in the page's font.
+
+    frontier    a score against the bytes that it costs       curves      a score against the prompt's length
+    heat        a score against depth and length              bytes_used  bytes of the cache against tokens
+    times       milliseconds a token against length
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from zoo.eval import stats
+from zoo.eval.metrics import BETTER
+from zoo.eval.report import Cell, Part, counted, main_score
+
+INK, COLOURS = "#010101", 10  # of text and axes; so many series have a colour of their own
+MARKERS = "osD^vP*X<>"
+BUDGET = re.compile(r"[:,](budget|window|delta)=([^,]*)")
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "zoo",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": INK,
+    "grid.alpha": 0.12,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+}
+Line = tuple[list[float], list[float], list[tuple[float, float]] | None]  # x, y, and what stands around y
+
+
+def family(attn: str) -> str:
+    """A method without its budget: what one line of a plot is."""
+    name = BUDGET.sub("", attn)
+    return name if ":" in name or "," not in name else name.replace(",", ":", 1)
+
+
+def budget(attn: str) -> str:
+    """`budget=25%`, whatever a method calls it: what one panel of a plot has in common; "" without one."""
+    found = BUDGET.search(attn)
+    return "" if found is None else found[2] if found[1] != "delta" else f"delta={found[2]}"
+
+
+def colour(i: int) -> str:
+    return f"#0000{i % COLOURS:02x}" if i % COLOURS else "#00000a"
+
+
+def svg(figure: Figure, title: str) -> str:
+    """The figure as an element for a page."""
+    out = io.StringIO()
+    FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    width = re.search(r'viewBox="0 0 ([\d.]+)', text)
+    assert width is not None
+    # Smaller: no metadata, no ids but those referred to, no font (the page's), coordinates to a tenth of a point.
+    text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
+    used = set(re.findall(r"#([\w.]+)", text))
+    number = f"p{zlib.crc32(text.encode()):08x}-"  # ids are those of one file; a page holds many
+    text = re.sub(r' id="([^"]*)"', lambda m: f' id="{number}{m[1]}"' if m[1] in used else "", text)
+    text = re.sub(r'(href="#|url\(#)', rf"\g<1>{number}", text)
+    text = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', "", text, count=1)
+    text = re.sub(r" font-family: [^;\"]*;?| transform=\"rotate\(-0[^\"]*\"", "", text)
+    text = re.sub(r"\s*\n\s*", " ", re.sub(r"(\d\.\d)\d+", r"\1", text)).replace("> <", "><")
+    text = re.sub(r"#0000(0[1-9a])", lambda m: f"var(--c{int(m[1], 16) % COLOURS})", text).replace(INK, "currentColor")
+    head = f'<svg role="img" aria-label="{escaped(title)}" style="width: {float(width[1]):.0f}px"'
+    return text.replace("<svg", head, 1)
+
+
+def escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+
+
+def panels(titles: Sequence[str], each: Callable[[Any, int], None], names: Sequence[str], title: str, xlabel: str, ylabel: str) -> str:
+    """Plots side by side, at most four in a row, with one legend: each(axes, i) draws the i-th."""
+    across = min(4, len(titles))
+    down = -(-len(titles) // across)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(max(3.0 * across, 4.2) + 2.2, 2.7 * down + 0.3), layout="constrained")
+        grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+        for i, axes in enumerate(grid.flat):
+            if i < len(titles):
+                each(axes, i)
+                axes.set_title(titles[i])
+            else:
+                axes.set_visible(False)
+        figure.supxlabel(xlabel, fontsize=10)
+        figure.supylabel(ylabel, fontsize=10)
+        marks = [
+            figure.axes[0].plot([], [], MARKERS[i % len(MARKERS)] + "-", color=colour(i), label=name)[0] for i, name in enumerate(names)
+        ]
+        figure.legend(handles=marks, loc="outside right upper")
+        return svg(figure, title)
+
+
+def draw(axes: Any, lines: dict[str, Line], names: Sequence[str]) -> None:
+    for name, (x, y, around) in lines.items():
+        i = list(names).index(name)
+        axes.plot(x, y, MARKERS[i % len(MARKERS)] + "-", color=colour(i), markersize=5, linewidth=1.4)
+        if around:
+            axes.vlines(x, [low for low, _ in around], [high for _, high in around], color=colour(i), linewidth=1.2)
+
+
+def ticks(axis: Any, values: Sequence[float], name: Callable[[float], str]) -> None:
+    axis.set_ticks(sorted(set(values)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: name(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def short(tokens: float) -> str:
+    return f"{tokens / 1024:g}k" if tokens >= 1024 else f"{tokens:g}"
+
+
+def around(e: dict[str, Any]) -> tuple[float, float]:
+    return (e["mean"], e["mean"]) if e["low"] is None else (e["low"], e["high"])
+
+
+def scaled(axes: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis where a score spans more than a factor of ten and never is 0."""
+    if values and min(values) > 0 and max(values) > 10 * min(values):
+        axes.set_yscale("log")
+        axes.minorticks_off()  # they take most of a plot's time
+
+
+def points(cells: Sequence[Cell], score: str, x: Callable[[Cell], float]) -> Line:
+    some = sorted((cell for cell in cells if score in cell["scores"]), key=x)
+    return [x(c) for c in some], [c["scores"][score]["mean"] for c in some], [around(c["scores"][score]) for c in some]
+
+
+def meant(score: str) -> str:
+    return f"{score} ({'more' if BETTER.get(score) == 'higher' else 'less'} is better)"
+
+
+def families(cells: Sequence[Cell]) -> list[str]:
+    return list(dict.fromkeys(family(cell["attn"]) for cell in cells))
+
+
+def frontier(cells: Sequence[Cell], score: str, title: str) -> str:
+    """One panel for each length: the score against the share of the full cache's bytes, one line for each method."""
+    names, lengths = families(cells), sorted({cell["length"] for cell in cells})
+    cells = [cell for cell in cells if score in cell["scores"]]
+    logarithmic = [c["scores"][score]["mean"] for c in cells if c["attn"] != "full"]
+    share = lambda cell: 100 * counted(cell) / cell["bytes"]["full"]  # noqa: E731
+
+    def each(axes: Any, i: int) -> None:
+        here = [cell for cell in cells if cell["length"] == lengths[i]]
+        drop = bool(logarithmic) and min(logarithmic) > 0 and max(logarithmic) > 10 * min(logarithmic)
+        shown = [cell for cell in here if not drop or cell["scores"][score]["mean"] > 0]
+        draw(axes, {name: points([c for c in shown if family(c["attn"]) == name], score, share) for name in families(shown)}, names)
+        axes.set_xscale("log")
+        ticks(axes.xaxis, [3.125, 6.25, 12.5, 25, 50, 100], lambda value: f"{value:g}%")
+        scaled(axes, [c["scores"][score]["mean"] for c in shown])
+
+    return panels([f"{n:,} tokens" for n in lengths], each, names, title, "bytes of the cache, of the full one's", meant(score))
+
+
+def by_budget(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """Cells of one budget, those without one with each."""
+    budgets = list(dict.fromkeys(b for cell in cells if (b := budget(cell["attn"])))) or [""]
+    return {b: [cell for cell in cells if budget(cell["attn"]) in ("", b)] for b in budgets}
+
+
+def against_length(cells: Sequence[Cell], y: Callable[[list[Cell]], Line], title: str, ylabel: str, log: bool = False) -> str:
+    """One panel for each budget, one line for each method."""
+    names, some = families(cells), by_budget(cells)
+    lengths = sorted({cell["length"] for cell in cells})
+
+    def each(axes: Any, i: int) -> None:
+        here = list(some.values())[i]
+        lines = {name: y([c for c in here if family(c["attn"]) == name]) for name in families(here)}
+        draw(axes, {name: line for name, line in lines.items() if line[0]}, names)
+        axes.set_xscale("log", base=2)
+        ticks(axes.xaxis, lengths, short)
+        values = list(itertools.chain.from_iterable(line[1] for line in lines.values()))
+        if log and values and min(values) > 0:
+            axes.set_yscale("log")
+            axes.minorticks_off()
+        elif not log:
+            scaled(axes, values)
+
+    return panels([b and f"budget {b}" for b in some], each, names, title, "tokens", ylabel)
+
+
+def curves(cells: Sequence[Cell], score: str, title: str) -> str:
+    zeros = [c["scores"][score]["mean"] for c in cells if score in c["scores"] and c["attn"] != "full"]
+    drop = bool(zeros) and min(zeros) > 0
+    line = lambda some: points([c for c in some if not drop or c["scores"].get(score, {}).get("mean")], score, lambda c: c["length"])  # noqa: E731
+    return against_length(cells, line, title, meant(score))
+
+
+def bytes_used(cells: Sequence[Cell], title: str) -> str:
+    def line(some: list[Cell]) -> Line:
+        some = sorted(some, key=lambda c: c["tokens"])
+        return [c["tokens"] for c in some], [counted(c) / 2**20 for c in some], None
+
+    return against_length(cells, line, title, "MiB of cache", log=True)
+
+
+def times(cells: Sequence[Cell], which: str, title: str) -> str:
+    def line(some: list[Cell]) -> Line:
+        some = sorted((c for c in some if c["rate"][which]), key=lambda c: c["length"])
+        return [c["length"] for c in some], [1e3 / c["rate"][which] for c in some], None
+
+    return against_length(cells, line, title, f"milliseconds a token, {which}", log=False)
+
+
+def depth(variant: str) -> float | None:
+    found = re.search(r"(?:^|,)depth=([\d.]+)", variant)
+    return None if found is None else float(found[1])
+
+
+def grids(part: Part, cells: Sequence[Cell]) -> tuple[str, dict[str, dict[tuple[float, int], float]]]:
+    """Of cells that differ in method and length only: the score, and method -> (depth, length) -> its mean. Empty where no depths are."""
+    score = next((main_score(cell) for cell in cells if main_score(cell)), None) or ""
+    found: dict[str, dict[tuple[float, int], list[float]]] = {}
+    for cell in cells:
+        for row in part.of(cell):
+            at, value = depth(row["variant"]), row["scores"].get(score)
+            if at is not None and value is not None:
+                found.setdefault(cell["attn"], {}).setdefault((at, cell["length"]), []).append(value)
+    return score, {attn: {at: sum(v) / len(v) for at, v in grid.items()} for attn, grid in found.items()}
+
+
+def heat(score: str, grid: dict[str, dict[tuple[float, int], float]], title: str) -> str:
+    """Depth down, length across, a panel for each method; each field says its number, so that no colour has to be read."""
+    from matplotlib import colormaps
+
+    depths, lengths = (sorted({at[i] for one in grid.values() for at in one}) for i in (0, 1))
+    values = [x for one in grid.values() for x in one.values()]
+    low, high = (0.0, 1.0) if min(values) >= 0 and max(values) <= 1 else (min(values), max(values))
+    across = min(4, len(grid))
+    down = -(-len(grid) // across)
+    colours = colormaps["viridis"] if BETTER.get(score) == "higher" else colormaps["viridis_r"]
+    with rc_context({**STYLE, "axes.grid": False}):
+        size = (max(0.62 * len(lengths) + 0.8, 2.4) * across + 0.4, (0.34 * len(depths) + 0.7) * down)
+        figure = Figure(figsize=size, layout="constrained")
+        panes = list(figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flat)
+        for axes in panes[len(grid) :]:
+            axes.set_visible(False)
+        for axes, (attn, one) in zip(panes, grid.items(), strict=False):
+            axes.set(title=attn, xlim=(-0.5, len(lengths) - 0.5), ylim=(len(depths) - 0.5, -0.5))
+            axes.set_xticks(range(len(lengths)), [short(n) for n in lengths])
+            axes.set_yticks(range(len(depths)), [f"{100 * d:g}%" for d in depths])
+            axes.tick_params(length=0)
+            for (at, length), value in one.items():
+                x, y = lengths.index(length), depths.index(at)
+                shade = colours((value - low) / ((high - low) or 1))
+                axes.fill([x - 0.5, x + 0.5, x + 0.5, x - 0.5], [y - 0.5, y - 0.5, y + 0.5, y + 0.5], color=shade, linewidth=0)
+                ink = "#ffffff" if 0.3 * shade[0] + 0.59 * shade[1] + 0.11 * shade[2] < 0.55 else "#101010"
+                axes.text(x, y, f"{value:.2g}", ha="center", va="center", color=ink, fontsize=8)
+        figure.supxlabel("tokens", fontsize=10)
+        figure.supylabel("depth", fontsize=10)
+        return svg(figure, title)
+
+
+def rows_with_depth(part: Part) -> bool:
+    return any(depth(row["variant"]) is not None for row in part.rows.values())
+
+
+def alike(cells: Sequence[Cell]) -> dict[tuple[Any, ...], list[Cell]]:
+    """Cells of one task, variant, protocol and question: what one plot shows."""
+    found: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        found.setdefault(tuple(cell[name] for name in stats.CELL if name not in ("attn", "length")), []).append(cell)
+    return found
