@@ -39,34 +39,41 @@ def contents(parts: Sequence[Part]) -> str:
 
 def drawn(part: Part) -> Iterator[str]:
     """The plots of a part; those of further scores are folded away."""
+    names = plots.families(part.cells)
     for place, cells in plots.alike(part.cells).items():
         name = place_name((*place, 0)).rpartition(", ")[0]
         first = next((score for cell in cells if (score := main_score(cell))), None)
         for score in dict.fromkeys(score for cell in cells for score in cell["scores"]):
             lengths = {cell["length"] for cell in cells}
-            found = [figure(plots.frontier(cells, score, f"{name}: {score} against bytes"), f"{name}: {score} against the cache's bytes")]
+            found = [
+                figure(plots.frontier(cells, names, score, f"{name}: {score} against bytes"), f"{name}: {score} against the cache's bytes")
+            ]
             if len(lengths) > 1:
-                found.append(figure(plots.curves(cells, score, f"{name}: {score} against length"), f"{name}: {score} against length"))
+                found.append(
+                    figure(plots.curves(cells, names, score, f"{name}: {score} against length"), f"{name}: {score} against length")
+                )
             yield from found if score == first else folded(f"{name}: {score}", found)
         score, grid = plots.grids(part, cells)
         if grid:
             yield figure(plots.heat(score, grid, f"{name}: {score} by depth and length"), f"{name}: {score} by depth and length")
-    yield from costs(part)
+    yield from costs(part, names)
 
 
-def costs(part: Part) -> Iterator[str]:
+def costs(part: Part, names: Sequence[str]) -> Iterator[str]:
     """Bytes and milliseconds, of the task that has most lengths: they do not depend on what is asked."""
     for protocol in dict.fromkeys(cell["protocol"] for cell in part.cells):
         some = [cells for place, cells in plots.alike(part.cells).items() if protocol in place]
         widest = max(some, key=lambda cells: (len({c["length"] for c in cells}), len(cells)))
         what = "at the most" if protocol == "stream" else "at the end"
-        yield figure(plots.bytes_used(widest, f"{protocol}: bytes against tokens"), f"{protocol}: the cache's bytes {what} against tokens")
+        yield figure(
+            plots.bytes_used(widest, names, f"{protocol}: bytes against tokens"), f"{protocol}: the cache's bytes {what} against tokens"
+        )
         for which in ("prefill", "decode"):
             timed = [cells for cells in some if any(cell["rate"][which] for cell in cells)]
             if timed:
                 widest = max(timed, key=lambda cells: (len({c["length"] for c in cells}), len(cells)))
                 title = f"{protocol}: milliseconds a token against length, {which}"
-                yield figure(plots.times(widest, which, title), title)
+                yield figure(plots.times(widest, names, which, title), title)
 
 
 def figure(svg: str, caption: str) -> str:

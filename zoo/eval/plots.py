@@ -11,7 +11,6 @@ stays text, in the page's font.
 from __future__ import annotations
 
 import io
-import itertools
 import re
 import zlib
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from zoo.eval import stats
 from zoo.eval.metrics import BETTER
@@ -85,9 +84,10 @@ def svg(figure: Figure, title: str) -> str:
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{number}", text)
     text = re.sub(r' width="[\d.]+pt" height="[\d.]+pt"', "", text, count=1)
     text = re.sub(r" font-family: [^;\"]*;?| transform=\"rotate\(-0[^\"]*\"", "", text)
-    text = re.sub(r"\s*\n\s*", " ", re.sub(r"(\d\.\d)\d+", r"\1", text)).replace("> <", "><")
+    text = re.sub(r"<[^>]*>", lambda m: re.sub(r"(\d\.\d)\d+", r"\1", m[0]), text)
+    text = re.sub(r"\s*\n\s*", " ", text).replace("> <", "><")
     text = re.sub(r"#0000(0[1-9a])", lambda m: f"var(--c{int(m[1], 16) % COLOURS})", text).replace(INK, "currentColor")
-    head = f'<svg role="img" aria-label="{escaped(title)}" style="width: {float(width[1]):.0f}px"'
+    head = f'<svg role="img" aria-label="{escaped(title)}" style="width: {1.35 * float(width[1]):.0f}px"'
     return text.replace("<svg", head, 1)
 
 
@@ -95,8 +95,16 @@ def escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
 
 
-def panels(titles: Sequence[str], each: Callable[[Any, int], None], names: Sequence[str], title: str, xlabel: str, ylabel: str) -> str:
-    """Plots side by side, at most four in a row, with one legend: each(axes, i) draws the i-th."""
+def panels(
+    titles: Sequence[str],
+    each: Callable[[Any, int], None],
+    names: Sequence[str],
+    used: Sequence[str],
+    title: str,
+    xlabel: str,
+    ylabel: str,
+) -> str:
+    """Plots side by side, at most four in a row, with one legend of the names used: each(axes, i) draws the i-th."""
     across = min(4, len(titles))
     down = -(-len(titles) // across)
     with rc_context(STYLE):
@@ -110,17 +118,21 @@ def panels(titles: Sequence[str], each: Callable[[Any, int], None], names: Seque
                 axes.set_visible(False)
         figure.supxlabel(xlabel, fontsize=10)
         figure.supylabel(ylabel, fontsize=10)
-        marks = [
-            figure.axes[0].plot([], [], MARKERS[i % len(MARKERS)] + "-", color=colour(i), label=name)[0] for i, name in enumerate(names)
-        ]
+        marks = [figure.axes[0].plot([], [], label=name, **look(i))[0] for i, name in enumerate(names) if name in used]
         figure.legend(handles=marks, loc="outside right upper")
         return svg(figure, title)
+
+
+def look(i: int) -> dict[str, Any]:
+    """Of the i-th method, the same in all plots: no two differ by colour alone."""
+    dashes = ("-", "--", ":", "-.")[i // COLOURS % 4]
+    return {"color": colour(i), "marker": MARKERS[i % len(MARKERS)], "linestyle": dashes, "markersize": 5, "linewidth": 1.4}
 
 
 def draw(axes: Any, lines: dict[str, Line], names: Sequence[str]) -> None:
     for name, (x, y, around) in lines.items():
         i = list(names).index(name)
-        axes.plot(x, y, MARKERS[i % len(MARKERS)] + "-", color=colour(i), markersize=5, linewidth=1.4)
+        axes.plot(x, y, **look(i))
         if around:
             axes.vlines(x, [low for low, _ in around], [high for _, high in around], color=colour(i), linewidth=1.2)
 
@@ -139,11 +151,19 @@ def around(e: dict[str, Any]) -> tuple[float, float]:
     return (e["mean"], e["mean"]) if e["low"] is None else (e["low"], e["high"])
 
 
-def scaled(axes: Any, values: Sequence[float]) -> None:
-    """A logarithmic axis where a score spans more than a factor of ten and never is 0."""
-    if values and min(values) > 0 and max(values) > 10 * min(values):
+def logarithmic(cells: Sequence[Cell], score: str) -> bool:
+    """Whether a score is shown on a logarithmic axis: less is better, and it spans more than a factor of ten. Where it is 0, as that of
+    `full` often is, it is then left out."""
+    values = [v for cell in cells if (v := cell["scores"].get(score, {}).get("mean"))]
+    return BETTER.get(score) == "lower" and bool(values) and min(values) > 0 and max(values) > 10 * min(values)
+
+
+def scale(axes: Any, log: bool) -> None:
+    if log:
         axes.set_yscale("log")
         axes.minorticks_off()  # they take most of a plot's time
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def points(cells: Sequence[Cell], score: str, x: Callable[[Cell], float]) -> Line:
@@ -155,27 +175,30 @@ def meant(score: str) -> str:
     return f"{score} ({'more' if BETTER.get(score) == 'higher' else 'less'} is better)"
 
 
+def with_score(cells: Sequence[Cell], score: str, log: bool) -> list[Cell]:
+    return [cell for cell in cells if score in cell["scores"] and (cell["scores"][score]["mean"] > 0 or not log)]
+
+
 def families(cells: Sequence[Cell]) -> list[str]:
     return list(dict.fromkeys(family(cell["attn"]) for cell in cells))
 
 
-def frontier(cells: Sequence[Cell], score: str, title: str) -> str:
+def frontier(cells: Sequence[Cell], names: Sequence[str], score: str, title: str) -> str:
     """One panel for each length: the score against the share of the full cache's bytes, one line for each method."""
-    names, lengths = families(cells), sorted({cell["length"] for cell in cells})
-    cells = [cell for cell in cells if score in cell["scores"]]
-    logarithmic = [c["scores"][score]["mean"] for c in cells if c["attn"] != "full"]
-    share = lambda cell: 100 * counted(cell) / cell["bytes"]["full"]  # noqa: E731
+    log, lengths = logarithmic(cells, score), sorted({cell["length"] for cell in cells})
+    cells = with_score(cells, score, log)
 
     def each(axes: Any, i: int) -> None:
         here = [cell for cell in cells if cell["length"] == lengths[i]]
-        drop = bool(logarithmic) and min(logarithmic) > 0 and max(logarithmic) > 10 * min(logarithmic)
-        shown = [cell for cell in here if not drop or cell["scores"][score]["mean"] > 0]
-        draw(axes, {name: points([c for c in shown if family(c["attn"]) == name], score, share) for name in families(shown)}, names)
+        share = lambda cell: 100 * counted(cell) / cell["bytes"]["full"]  # noqa: E731
+        draw(axes, {name: points([c for c in here if family(c["attn"]) == name], score, share) for name in families(here)}, names)
         axes.set_xscale("log")
         ticks(axes.xaxis, [3.125, 6.25, 12.5, 25, 50, 100], lambda value: f"{value:g}%")
-        scaled(axes, [c["scores"][score]["mean"] for c in shown])
+        scale(axes, log)
 
-    return panels([f"{n:,} tokens" for n in lengths], each, names, title, "bytes of the cache, of the full one's", meant(score))
+    return panels(
+        [f"{n:,} tokens" for n in lengths], each, names, families(cells), title, "bytes of the cache, of the full one's", meant(score)
+    )
 
 
 def by_budget(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
@@ -184,9 +207,11 @@ def by_budget(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     return {b: [cell for cell in cells if budget(cell["attn"]) in ("", b)] for b in budgets}
 
 
-def against_length(cells: Sequence[Cell], y: Callable[[list[Cell]], Line], title: str, ylabel: str, log: bool = False) -> str:
+def against_length(
+    cells: Sequence[Cell], names: Sequence[str], y: Callable[[list[Cell]], Line], title: str, ylabel: str, log: bool = False
+) -> str:
     """One panel for each budget, one line for each method."""
-    names, some = families(cells), by_budget(cells)
+    some = by_budget(cells)
     lengths = sorted({cell["length"] for cell in cells})
 
     def each(axes: Any, i: int) -> None:
@@ -195,37 +220,31 @@ def against_length(cells: Sequence[Cell], y: Callable[[list[Cell]], Line], title
         draw(axes, {name: line for name, line in lines.items() if line[0]}, names)
         axes.set_xscale("log", base=2)
         ticks(axes.xaxis, lengths, short)
-        values = list(itertools.chain.from_iterable(line[1] for line in lines.values()))
-        if log and values and min(values) > 0:
-            axes.set_yscale("log")
-            axes.minorticks_off()
-        elif not log:
-            scaled(axes, values)
+        scale(axes, log)
 
-    return panels([b and f"budget {b}" for b in some], each, names, title, "tokens", ylabel)
+    return panels([b and f"budget {b}" for b in some], each, names, families(cells), title, "tokens", ylabel)
 
 
-def curves(cells: Sequence[Cell], score: str, title: str) -> str:
-    zeros = [c["scores"][score]["mean"] for c in cells if score in c["scores"] and c["attn"] != "full"]
-    drop = bool(zeros) and min(zeros) > 0
-    line = lambda some: points([c for c in some if not drop or c["scores"].get(score, {}).get("mean")], score, lambda c: c["length"])  # noqa: E731
-    return against_length(cells, line, title, meant(score))
+def curves(cells: Sequence[Cell], names: Sequence[str], score: str, title: str) -> str:
+    log = logarithmic(cells, score)
+    line = lambda some: points(some, score, lambda cell: cell["length"])  # noqa: E731
+    return against_length(with_score(cells, score, log), names, line, title, meant(score), log)
 
 
-def bytes_used(cells: Sequence[Cell], title: str) -> str:
+def bytes_used(cells: Sequence[Cell], names: Sequence[str], title: str) -> str:
     def line(some: list[Cell]) -> Line:
         some = sorted(some, key=lambda c: c["tokens"])
         return [c["tokens"] for c in some], [counted(c) / 2**20 for c in some], None
 
-    return against_length(cells, line, title, "MiB of cache", log=True)
+    return against_length(cells, names, line, title, "MiB of cache", log=True)
 
 
-def times(cells: Sequence[Cell], which: str, title: str) -> str:
+def times(cells: Sequence[Cell], names: Sequence[str], which: str, title: str) -> str:
     def line(some: list[Cell]) -> Line:
         some = sorted((c for c in some if c["rate"][which]), key=lambda c: c["length"])
         return [c["length"] for c in some], [1e3 / c["rate"][which] for c in some], None
 
-    return against_length(cells, line, title, f"milliseconds a token, {which}", log=False)
+    return against_length(cells, names, line, title, f"milliseconds a token, {which}")
 
 
 def depth(variant: str) -> float | None:
@@ -275,10 +294,6 @@ def heat(score: str, grid: dict[str, dict[tuple[float, int], float]], title: str
         figure.supxlabel("tokens", fontsize=10)
         figure.supylabel("depth", fontsize=10)
         return svg(figure, title)
-
-
-def rows_with_depth(part: Part) -> bool:
-    return any(depth(row["variant"]) is not None for row in part.rows.values())
 
 
 def alike(cells: Sequence[Cell]) -> dict[tuple[Any, ...], list[Cell]]:

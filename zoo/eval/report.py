@@ -217,19 +217,22 @@ def table(place: Sequence[Any], cells: Sequence[Cell], baseline: str | None) -> 
             found = [(get(cell, score).get("mean"), e["mean"]) for cell in cells if (e := get(cell, score).get(name))]
             if any(a != b for a, b in found):  # else full scores 0, and the difference is the score itself
                 more.append((score, name, f"{score} - {who}'s"))
-    head = ["method", "bytes", "of full", "rank"]
+    head = ["method", "bytes at the end", "at the peak", "a token", "of full", "rank"]
     for score in scores:
         arrow = {"higher": " (more is better)", "lower": " (less is better)"}.get(BETTER.get(score, ""), "")
         head += [score + arrow] + [title for s, _, title in more if s == score]
-    head += ["n", "prefill tokens/s", "decode tokens/s"]
+    timed = [name for name in ("prefill", "decode") if any(cell["rate"][name] for cell in cells)]
+    head += ["n", *(f"{name} tokens/s" for name in timed)]
     body = []
     for cell in sorted(cells, key=lambda c: (-counted(c), c["attn"])):
-        share = cell["bytes"]["peak_share" if cell["protocol"] == "stream" else "share"]
-        line = [f"`{cell['attn']}`", cli.mib(counted(cell)), f"{100 * share:.1f} %", standing(cell)]
+        size = cell["bytes"]
+        share = size["peak_share" if cell["protocol"] == "stream" else "share"]
+        line = [f"`{cell['attn']}`", cli.mib(size["final"]), cli.mib(size["peak"]), f"{size['per_token']:,.0f}"]
+        line += [f"{100 * share:.1f} %", standing(cell)]
         for score in scores:
             e = cell["scores"].get(score)
             line += ["" if e is None else interval(e)] + [apart(get(cell, score).get(name)) for s, name, _ in more if s == score]
-        body.append([*line, str(cell["n"]), *(spelled(cell["rate"][name]) for name in ("prefill", "decode"))])
+        body.append([*line, str(cell["n"]), *(spelled(cell["rate"][name]) for name in timed)])
     return Table(place_name(place), head, body)
 
 
@@ -237,7 +240,8 @@ LEGEND = (
     "Means over samples with 95 % bootstrap intervals; differences are paired by sample. "
     f"`{SAME}`: not distinguishable, the interval of the paired difference contains 0, or there are too few samples for one; of a rank: "
     "from the first of its group. Bytes are measured: the cache's at the end, under `stream` the most at any step. Ranks stand only "
-    "between rows whose bytes differ by at most 3 %. Intervals are of one comparison each: of twenty true ties, one is called distinct by chance."
+    "between rows whose bytes differ by at most 3 %; `of full` is the share of the full cache in the bytes that count. Intervals are of one "
+    "comparison each: of twenty true ties, one is called distinct by chance."
 )
 
 
