@@ -13,19 +13,20 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
+import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Collection, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from zoo import cli
 from zoo.errors import ZooError
-
-NAMES = ("kl", "ppl", "attn", "passkey", "lines", "niah", "needle", "vt", "cwe", "fwe", "data")
 
 
 def arguments(argv: list[str] | None) -> Any:
@@ -112,22 +113,25 @@ def reference() -> str:
 def material(args: Any, tokenizer: Any) -> Any:
     """Reads --text and --data."""
     from zoo.eval.tasks import Material
+    from zoo.eval.tasks.data import parse
     from zoo.generate import read
 
     text = read(str(args.text)) if args.text else reference()
     if not text.strip():
         raise ZooError(f"--text {args.text} is empty")
-    return Material(tokenizer, text, args.seed, bool(args.text), tuple(args.depths), {"niah": tuple(args.niah)})
+    data = parse(read(str(args.data)), str(args.data)) if args.data else ()
+    return Material(tokenizer, text, args.seed, bool(args.text), tuple(args.depths), {"niah": tuple(args.niah)}, data)
 
 
-def config(args: Any, files: dict[str, str]) -> dict[str, Any]:
+def config(args: Any, argv: list[str], files: dict[str, str]) -> dict[str, Any]:
     import torch
 
     import zoo
 
     given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     given |= {f"{name}_sha256": hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "zoo": version()}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions |= {"zoo": version("subgen-zoo"), "wonderwords": version("wonderwords")}
     machine = {
         "cpu": cpu(),
         "cores": os.cpu_count(),
@@ -135,7 +139,7 @@ def config(args: Any, files: dict[str, str]) -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
     return {
-        "command": "python -m zoo.eval " + " ".join(map(quoted, sys.argv[1:])),
+        "command": "python -m zoo.eval " + shlex.join(argv),
         "arguments": given,
         "versions": versions,
         "commit": commit(Path(zoo.__file__).parent),
@@ -145,17 +149,9 @@ def config(args: Any, files: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def quoted(text: str) -> str:
-    import shlex
-
-    return shlex.quote(text)
-
-
-def version() -> str | None:
-    from importlib import metadata
-
+def version(package: str) -> str | None:
     try:
-        return metadata.version("subgen-zoo")
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
@@ -212,10 +208,10 @@ def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     lm = cli.load(argparse.Namespace(**{**vars(args), "attn": "full"}))
     given = material(args, lm.tokenizer)
-    tasks = {name: TASKS[name]() for name in args.tasks}
+    tasks = {name if name != "data" else f"data:{args.data.stem}": TASKS[name]() for name in args.tasks}
     plan = run.Plan(tasks, args.attn, args.protocols, args.question, args.lengths, args.samples, args.seed)
-    run.check(lm, plan)
-    records = Records(args.out, config(args, {"text": given.text}))
+    run.check(lm, plan, given)
+    records = Records(args.out, config(args, argv, {"text": given.text, "data": json.dumps(given.data)}))
     progress = Progress()
     try:
         run.run(lm, plan, given, records, progress)

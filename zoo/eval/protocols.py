@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.attention import Attention, Budget, parse
+from zoo.attention import ATTENTION, Attention, Budget, parse
 from zoo.attention.budgeted import Budgeted
 from zoo.attention.cache import Caches
 from zoo.errors import ZooError
@@ -34,12 +34,14 @@ Forward = Callable[[Tensor, Tensor, Caches], Tensor]  # ids, pos (1, T), cache -
 def method_of(spelling: str, protocol: str, tokens: int) -> Attention:
     """The method as it runs under a protocol on a prompt of so many tokens, of which `sliding:window=25%` is a share. Raises ZooError."""
     share = re.fullmatch(r"(sliding:window=)(\d+(?:\.\d+)?%)", spelling.strip())
-    method = parse(share[1] + str(max(1, Budget.parse(share[2]).tokens(tokens))) if share else spelling)
-    if not isinstance(method, Budgeted):
-        return method
+    if share:
+        return parse(share[1] + str(max(1, Budget.parse(share[2]).tokens(tokens))))
+    name = spelling.strip().partition(":")[0]
+    if not issubclass(ATTENTION.get(name, Attention), Budgeted):
+        return parse(spelling)
     if "when=" in spelling:
         raise ZooError(f"--attn {spelling}: the protocol says when to compress (--protocols prefill,stream); leave `when` out")
-    return dataclasses.replace(method, when=PROTOCOLS[protocol])
+    return parse(spelling.strip() + (",when=" if ":" in spelling else ":when=") + PROTOCOLS[protocol])
 
 
 def same_reading(method: Attention) -> Attention:

@@ -12,7 +12,6 @@ import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from zoo.attention import parse
 from zoo.attention.budgeted import Budgeted
 from zoo.errors import ZooError
 from zoo.eval import protocols
@@ -146,24 +145,28 @@ def record(row: tuple[str, str, str], outcome: Outcome, prompt: Prompt, about: d
     }
 
 
-def check(lm: LM, plan: Plan) -> None:
-    """Raises ZooError for what this model cannot be asked."""
+def room(lm: LM, task: Task, length: int) -> int:
+    """Tokens of a prompt of this asked length: what follows it must fit the model's context, too."""
+    return min(length, lm.config.max_position_embeddings - task.new_tokens)
+
+
+def check(lm: LM, plan: Plan, material: Material) -> None:
+    """Raises ZooError for what this model, text or tokenizer cannot be asked: before the first hour rather than after it."""
     most = lm.config.max_position_embeddings
-    for length in plan.lengths:
-        if length > most:
-            raise ZooError(f"--lengths {length}: this model's context holds {most} tokens")
+    if (longest := max(plan.lengths)) > most:
+        raise ZooError(f"--lengths {longest}: this model's context holds {most} tokens")
     for attn in plan.attn:
         for protocol in plan.protocols:
             lm.attn = method_of(attn, protocol, min(plan.lengths))
             lm.new_cache(max_tokens=1)
-    lm.attn = parse("full")
+    for number, name, variant, length in plan.prompts(material):
+        if number == plan.samples - 1:
+            plan.tasks[name].sample(material, variant, room(lm, plan.tasks[name], length), number)
 
 
 def run(lm: LM, plan: Plan, material: Material, records: Records, progress: Any) -> None:
     """Everything that records do not have yet. progress(weight done, weight in all, what)."""
-    check(lm, plan)
-    full_bytes, most = FullBytes(lm), lm.config.max_position_embeddings
-    todo = []
+    full_bytes, todo = FullBytes(lm), []
     for number, name, variant, length in plan.prompts(material):
         rows = plan.rows(plan.tasks[name])
         done = {(q, p, a) for q, p, a in rows if (name, variant, a, p, q, length, number, plan.seed) in records.done}
@@ -173,10 +176,11 @@ def run(lm: LM, plan: Plan, material: Material, records: Records, progress: Any)
     for number, name, variant, length, rows in todo:
         task = plan.tasks[name]
         about = {"task": name, "variant": variant, "length": length, "sample": number}
-        progress(so_far, total, f"{name} {variant} {length} tokens, sample {number + 1} of {plan.samples}".replace("  ", " "))
-        sample = task.sample(material, variant, min(length, most - task.new_tokens), number)
+        what = f"{name} {variant} {length} tokens, sample {number + 1} of {plan.samples}".replace("  ", " ")
+        progress(so_far, total, what)
+        sample = task.sample(material, variant, room(lm, task, length), number)
         prompt = Prompt(lm, task, sample, full_bytes, "stream" in plan.protocols)
         for row, outcome in prompt.outcomes(rows):
             records.add(record(row, outcome, prompt, about, plan.seed), outcome.rate)
             so_far += plan.weight(length)
-            progress(so_far, total, f"{name} {variant} {length} tokens, sample {number + 1} of {plan.samples}".replace("  ", " "))
+            progress(so_far, total, what)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from zoo.errors import ZooError
+from zoo.eval import metrics
 from zoo.eval.protocols import Run
 from zoo.tokenizer import Tokenizer
 
@@ -57,7 +58,16 @@ class Material:
         """The text's sentences, white space made one blank."""
         text = " ".join(self.text.split())
         ends = [i + 1 for i, c in enumerate(text[:-1]) if c in ".!?" and text[i + 1] == " "]
-        return [text[a:b].strip() for a, b in zip([0, *ends], [*ends, len(text)], strict=True)]
+        return [text[a:b].strip() for a, b in zip([0, *ends], [*ends, len(text)], strict=True) if text[a:b].strip()]
+
+    def passage(self, words: int, r: random.Random) -> list[str]:
+        """Sentences of so many words in all, from a random one on; the text begins again where it ends, and the last may be cut."""
+        start, out = r.randrange(len(self.sentences)), []
+        while words > 0:
+            some = self.sentences[start % len(self.sentences)].split()[:words]
+            out.append(" ".join(some))
+            words, start = words - len(some), start + 1
+        return out
 
     def random(self, *about: Any) -> random.Random:
         """A generator of its own for each prompt: a sample is the same whatever else is run."""
@@ -120,9 +130,30 @@ class Passages(Task):
         return Sample(material.bos + ids[:room], [], ids[room:])
 
 
+class Answers(Task):
+    """Prompts that end in a question. Scored twice: by what the model says, greedily, and by the log-probability of the right answer in
+    the model's own terms, which tells methods apart where a small model never says it."""
+
+    def watch(self, run: Run, sample: Sample) -> tuple[str, float]:
+        talk = run.clone()
+        said = talk.reply(self.new_tokens)
+        run.peak, run.steps = max(run.peak, talk.peak), talk.steps
+        return said, run.logprob(sample.follow)
+
+    def scores(self, seen: tuple[str, float], full: Any, sample: Sample, protocol: str) -> dict[str, Any]:
+        return {**self.judge(seen[0], sample.expected), "logprob": seen[1]}
+
+    def answer(self, seen: tuple[str, float]) -> str:
+        return seen[0]
+
+    def judge(self, said: str, expected: Any) -> dict[str, float]:
+        """`right`: the share of the expected strings that were said."""
+        return {"right": metrics.found(said, [expected] if isinstance(expected, str) else expected)}
+
+
 @dataclass(frozen=True)
 class Draft:
-    """A prompt as text. lead: where the model is to begin its answer, as the format has it; it belongs to the question."""
+    """A prompt as text. A format's answer prefix, where it has one, ends the question."""
 
     context: str
     question: str
@@ -142,31 +173,34 @@ def tokens(tokenizer: Tokenizer, draft: Draft) -> Sample:
     return Sample(ids[:cut], ids[cut:], answer, draft.expected)
 
 
-def fit(tokenizer: Tokenizer, length: int, least: int, write: Callable[[int], Draft], what: str) -> Sample:
-    """The prompt of at most `length` tokens with as many parts as fit, and at least so many. write(parts) -> Draft. Raises ZooError."""
+def fit(tokenizer: Tokenizer, length: int, least: int, write: Callable[[int], Draft], what: str, most: int = 2**40) -> Sample:
+    """The prompt of at most `length` tokens with as many parts as fit, `least` to `most`. write(parts) -> Draft. Raises ZooError."""
 
     def size(parts: int) -> int:
         draft = write(parts)
         return len(tokenizer.encode(draft.context + draft.question))
 
-    parts = largest(size, length, least)
+    parts = largest(size, length, least, most)
     if parts is None:
         raise ZooError(f"{what}: the shortest prompt has {size(least)} tokens, more than --lengths {length}")
     return tokens(tokenizer, write(parts))
 
 
-def largest(size: Callable[[int], int], room: int, least: int) -> int | None:
-    """The largest n >= least with size(n) <= room, of a size that grows by about as much each time: few looks, since each encodes a text.
-    None where not even size(least) fits."""
+def largest(size: Callable[[int], int], room: int, least: int, most: int = 2**40) -> int | None:
+    """The largest n, `least` to `most`, with size(n) <= room, of a size that grows by about as much each time: few looks, since each
+    encodes a text. None where not even size(least) fits."""
     fits, low = least, size(least)
     if low > room:
         return None
-    over, high = 2 * least + 8, size(2 * least + 8)
-    looks = 0
+    over = min(2 * least + 8, most)
+    high = size(over)
     while high <= room:
-        each = max(1.0, (high - low) / (over - fits))
-        fits, low, over = over, high, over + 1 + int((room - high) / each * 1.05)
+        if over == most:
+            return most
+        each = max(0.1, (high - low) / (over - fits))
+        fits, low, over = over, high, min(most, over + 1 + int((room - high) / each * 1.05))
         high = size(over)
+    looks = 0
     while over - fits > 1:
         looks += 1
         guess = fits + (room - low) * (over - fits) // max(1, high - low)
@@ -176,6 +210,16 @@ def largest(size: Callable[[int], int], room: int, least: int) -> int | None:
         else:
             over, high = n, at
     return fits
+
+
+def at_depths(kind: str, depths: Sequence[float]) -> list[str]:
+    """The variants of a kind, one for each depth; the kind itself where none is asked for."""
+    return [f"{kind},depth={d:g}".lstrip(",") for d in depths] or [kind]
+
+
+def depth_of(variant: str, otherwise: float) -> float:
+    _, equals, depth = variant.partition("depth=")
+    return float(depth) if equals else otherwise
 
 
 def joined(words: Sequence[str]) -> str:
