@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from typing import Any
 
 from zoo.eval import plots
-from zoo.eval.report import LEGEND, Part, Table, about, main_score, place_name, places, table
+from zoo.eval.report import LEGEND, Cell, Part, Table, about, main_score, place_name, places, table
 
 
 def template(name: str) -> str:
@@ -44,40 +44,34 @@ def drawn(part: Part) -> Iterator[str]:
         name = place_name((*place, 0)).rpartition(", ")[0]
         first = next((score for cell in cells if (score := main_score(cell))), None)
         for score in dict.fromkeys(score for cell in cells for score in cell["scores"]):
-            lengths = {cell["length"] for cell in cells}
-            found = [
-                figure(plots.frontier(cells, names, score, f"{name}: {score} against bytes"), f"{name}: {score} against the cache's bytes")
-            ]
-            if len(lengths) > 1:
-                found.append(
-                    figure(plots.curves(cells, names, score, f"{name}: {score} against length"), f"{name}: {score} against length")
-                )
+            found = [figure(f"{name}: {score} against the cache's bytes", plots.frontier, cells, names, score)]
+            if len({cell["length"] for cell in cells}) > 1:
+                found.append(figure(f"{name}: {score} against length", plots.curves, cells, names, score))
             yield from found if score == first else folded(f"{name}: {score}", found)
         score, grid = plots.grids(part, cells)
         if grid:
-            yield figure(plots.heat(score, grid, f"{name}: {score} by depth and length"), f"{name}: {score} by depth and length")
+            yield figure(f"{name}: {score} by depth and length", plots.heat, score, grid)
     yield from costs(part, names)
 
 
 def costs(part: Part, names: Sequence[str]) -> Iterator[str]:
-    """Bytes and milliseconds, of the task that has most lengths: they do not depend on what is asked."""
+    """Bytes and milliseconds, of the task that has most lengths: they hardly depend on what is asked."""
     for protocol in dict.fromkeys(cell["protocol"] for cell in part.cells):
         some = [cells for place, cells in plots.alike(part.cells).items() if protocol in place]
-        widest = max(some, key=lambda cells: (len({c["length"] for c in cells}), len(cells)))
         what = "at the most" if protocol == "stream" else "at the end"
-        yield figure(
-            plots.bytes_used(widest, names, f"{protocol}: bytes against tokens"), f"{protocol}: the cache's bytes {what} against tokens"
-        )
+        yield figure(f"{protocol}: the cache's bytes {what} against tokens", plots.bytes_used, widest(some), names)
         for which in ("prefill", "decode"):
             timed = [cells for cells in some if any(cell["rate"][which] for cell in cells)]
             if timed:
-                widest = max(timed, key=lambda cells: (len({c["length"] for c in cells}), len(cells)))
-                title = f"{protocol}: milliseconds a token against length, {which}"
-                yield figure(plots.times(widest, names, which, title), title)
+                yield figure(f"{protocol}: milliseconds a token against length, {which}", plots.times, widest(timed), names, which)
 
 
-def figure(svg: str, caption: str) -> str:
-    return f"<figure><figcaption>{escaped(caption)}</figcaption>{svg}</figure>"
+def widest(some: Sequence[Sequence[Cell]]) -> Sequence[Cell]:
+    return max(some, key=lambda cells: (len({cell["length"] for cell in cells}), len(cells)))
+
+
+def figure(caption: str, plot: Callable[..., str], *args: Any) -> str:
+    return f"<figure><figcaption>{escaped(caption)}</figcaption>{plot(*args, caption)}</figure>"
 
 
 def folded(title: str, inside: list[str]) -> Iterator[str]:

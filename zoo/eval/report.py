@@ -239,9 +239,9 @@ def table(place: Sequence[Any], cells: Sequence[Cell], baseline: str | None) -> 
 LEGEND = (
     "Means over samples with 95 % bootstrap intervals; differences are paired by sample. "
     f"`{SAME}`: not distinguishable, the interval of the paired difference contains 0, or there are too few samples for one; of a rank: "
-    "from the first of its group. Bytes are measured: the cache's at the end, under `stream` the most at any step. Ranks stand only "
-    "between rows whose bytes differ by at most 3 %; `of full` is the share of the full cache in the bytes that count. Intervals are of one "
-    "comparison each: of twenty true ties, one is called distinct by chance."
+    "from the first of its group. Bytes are measured. What counts are those at the end, under `stream` those at the peak: `of full` is "
+    "their share of the full cache's, and ranks stand only between rows where they differ by at most 3 %. Intervals are of one comparison "
+    "each: of twenty true ties, one is called distinct by chance."
 )
 
 
