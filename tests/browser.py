@@ -31,6 +31,7 @@ CONTRAST = """() => {
     const own = [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim());
     if (!own || !e.getClientRects().length || e.closest("noscript, script")) continue;
     const style = getComputedStyle(e), svg = e instanceof SVGElement;
+    if (svg && /fill: #/.test(e.getAttribute("style"))) continue;  // numbers of a heat map, on their own ground
     const [a, b] = [light(rgba(svg ? style.fill : style.color)), light(ground(e))];
     const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
     if (ratio < 4.5) low.push(`${e.tagName} ${e.getAttribute("class")} ${e.textContent.slice(0, 20)}: ${ratio.toFixed(2)}`);

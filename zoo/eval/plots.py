@@ -26,6 +26,7 @@ from zoo.eval.metrics import BETTER
 from zoo.eval.report import Cell, Part, counted, main_score
 
 INK, COLOURS = "#010101", 10  # of text and axes; so many series have a colour of their own
+BLACK = "#000100"  # on a ground of its own: of plain black nothing is written, as if it were to follow the page
 MARKERS = "osD^vP*X<>"
 BUDGET = re.compile(r"[:,](budget|window|delta)=([^,]*)")
 STYLE: dict[Any, Any] = {
@@ -105,22 +106,39 @@ def panels(
     ylabel: str,
 ) -> str:
     """Plots side by side, at most four in a row, with one legend of the names used: each(axes, i) draws the i-th."""
-    across = min(4, len(titles))
-    down = -(-len(titles) // across)
     with rc_context(STYLE):
-        figure = Figure(figsize=(max(3.0 * across, 4.2) + 2.2, 2.7 * down + 0.3), layout="constrained")
-        grid = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
-        for i, axes in enumerate(grid.flat):
-            if i < len(titles):
-                each(axes, i)
-                axes.set_title(titles[i])
-            else:
-                axes.set_visible(False)
-        figure.supxlabel(xlabel, fontsize=10)
-        figure.supylabel(ylabel, fontsize=10)
-        marks = [figure.axes[0].plot([], [], label=name, **look(i))[0] for i, name in enumerate(names) if name in used]
-        figure.legend(handles=marks, loc="outside right upper")
+        legend = 0.55 + 0.075 * max(map(len, used), default=0)  # inches, about
+        figure, panes = laid_out(len(titles), (2.6, 2.1), (0.22, 0.4), right=legend)
+        for i, axes in enumerate(panes):
+            each(axes, i)
+            axes.set_title(titles[i])
+        below(figure, xlabel, ylabel)
+        marks = [panes[0].plot([], [], label=name, **look(i))[0] for i, name in enumerate(names) if name in used]
+        figure.legend(handles=marks, loc="upper right")
         return svg(figure, title)
+
+
+def laid_out(count: int, size: tuple[float, float], gap: tuple[float, float], right: float = 0.1) -> tuple[Figure, list[Any]]:
+    """A figure with so many panes of this size and gap (inches), at most four in a row, and room for labels around them. Matplotlib's own
+    layout engines take longer than the drawing."""
+    across, down = min(4, count), -(-count // 4)
+    left, top, bottom = 0.8, 0.3, 0.55
+    width = left + across * size[0] + (across - 1) * gap[0] + right
+    height = top + down * size[1] + (down - 1) * gap[1] + bottom
+    figure = Figure(figsize=(width, height))
+    panes: Any = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+    figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height, gap[0] / size[0], gap[1] / size[1])
+    for axes in panes.flat[count:]:
+        axes.remove()
+    for axes in panes.flat[max(0, count - across) : count]:
+        axes.tick_params(labelbottom=True)  # also where a row below has nothing
+    return figure, list(panes.flat[:count])
+
+
+def below(figure: Figure, xlabel: str, ylabel: str) -> None:
+    width, height = figure.get_size_inches()
+    figure.text(0.5, 0.1 / height, xlabel, ha="center")
+    figure.text(0.1 / width, 0.5, ylabel, va="center", rotation="vertical")
 
 
 def look(i: int) -> dict[str, Any]:
@@ -264,6 +282,12 @@ def grids(part: Part, cells: Sequence[Cell]) -> tuple[str, dict[str, dict[tuple[
     return score, {attn: {at: sum(v) / len(v) for at, v in grid.items()} for attn, grid in found.items()}
 
 
+def luminance(rgb: Sequence[float]) -> float:
+    """Relative luminance (WCAG 2) of red, green and blue, 0 to 1."""
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in rgb[:3]]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
 def heat(score: str, grid: dict[str, dict[tuple[float, int], float]], title: str) -> str:
     """Depth down, length across, a panel for each method; each field says its number, so that no colour has to be read."""
     from matplotlib import colormaps
@@ -271,16 +295,10 @@ def heat(score: str, grid: dict[str, dict[tuple[float, int], float]], title: str
     depths, lengths = (sorted({at[i] for one in grid.values() for at in one}) for i in (0, 1))
     values = [x for one in grid.values() for x in one.values()]
     low, high = (0.0, 1.0) if min(values) >= 0 and max(values) <= 1 else (min(values), max(values))
-    across = min(4, len(grid))
-    down = -(-len(grid) // across)
     colours = colormaps["viridis"] if BETTER.get(score) == "higher" else colormaps["viridis_r"]
     with rc_context({**STYLE, "axes.grid": False}):
-        size = (max(0.62 * len(lengths) + 0.8, 2.4) * across + 0.4, (0.34 * len(depths) + 0.7) * down)
-        figure = Figure(figsize=size, layout="constrained")
-        panes = list(figure.subplots(down, across, squeeze=False, sharex=True, sharey=True).flat)
-        for axes in panes[len(grid) :]:
-            axes.set_visible(False)
-        for axes, (attn, one) in zip(panes, grid.items(), strict=False):
+        figure, panes = laid_out(len(grid), (max(0.55 * len(lengths), 2.3), 0.28 * len(depths)), (0.15, 0.4))
+        for axes, (attn, one) in zip(panes, grid.items(), strict=True):
             axes.set(title=attn, xlim=(-0.5, len(lengths) - 0.5), ylim=(len(depths) - 0.5, -0.5))
             axes.set_xticks(range(len(lengths)), [short(n) for n in lengths])
             axes.set_yticks(range(len(depths)), [f"{100 * d:g}%" for d in depths])
@@ -289,10 +307,9 @@ def heat(score: str, grid: dict[str, dict[tuple[float, int], float]], title: str
                 x, y = lengths.index(length), depths.index(at)
                 shade = colours((value - low) / ((high - low) or 1))
                 axes.fill([x - 0.5, x + 0.5, x + 0.5, x - 0.5], [y - 0.5, y - 0.5, y + 0.5, y + 0.5], color=shade, linewidth=0)
-                ink = "#ffffff" if 0.3 * shade[0] + 0.59 * shade[1] + 0.11 * shade[2] < 0.55 else "#101010"
+                ink = BLACK if luminance(shade) > 0.179 else "#ffffff"  # where both have the same contrast, 4.6
                 axes.text(x, y, f"{value:.2g}", ha="center", va="center", color=ink, fontsize=8)
-        figure.supxlabel("tokens", fontsize=10)
-        figure.supylabel("depth", fontsize=10)
+        below(figure, "tokens", "depth")
         return svg(figure, title)
 
 
