@@ -397,7 +397,7 @@ def test_keyboard(opened: Any) -> None:
     assert [reached.count(x) for x in ("A", "SUMMARY", "DIV region")] == [2 + tables, 2, tables]
     opened.locator("nav a").last.focus()
     press("Enter")
-    until(opened, "scrollY > 1000")
+    until(opened, "(({ top, bottom }) => bottom > 0 && top < innerHeight)(document.querySelector(':target').getBoundingClientRect())")
 
 
 # The command
