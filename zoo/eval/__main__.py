@@ -130,7 +130,7 @@ def config(args: Any, argv: list[str], files: dict[str, str]) -> dict[str, Any]:
 
     given = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     given |= {f"{name}_sha256": hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()}
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
     versions |= {"zoo": version("subgen-zoo"), "wonderwords": version("wonderwords")}
     machine = {
         "cpu": cpu(),

@@ -136,7 +136,7 @@ class Answers(Task):
 
     def watch(self, run: Run, sample: Sample) -> tuple[str, float]:
         talk = run.clone()
-        said = talk.reply(self.new_tokens)
+        said = talk.reply(self.new_tokens, lambda said: self.settled(said, sample.expected))
         run.peak, run.steps = max(run.peak, talk.peak), talk.steps
         return said, run.logprob(sample.follow)
 
@@ -145,6 +145,10 @@ class Answers(Task):
 
     def answer(self, seen: tuple[str, float]) -> str:
         return seen[0]
+
+    def settled(self, said: str, expected: Any) -> bool:
+        """Whether nothing that may still be said changes the score."""
+        return self.judge(said, expected) == {"right": 1} and type(self).judge is Answers.judge
 
     def judge(self, said: str, expected: Any) -> dict[str, float]:
         """`right`: the share of the expected strings that were said."""

@@ -14,9 +14,7 @@ def words(kind: str) -> list[str]:
     try:
         from wonderwords import RandomWord
     except ImportError:
-        raise ZooError(
-            "these prompts are made of words of the package wonderwords; pip install 'subgen-zoo[eval]', or wonderwords"
-        ) from None
+        raise ZooError("these prompts are made of words of the package wonderwords: pip install wonderwords") from None
     return list(RandomWord().filter(include_categories=[kind]))
 
 
