@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from browser import CONTRAST, OUTLINE, open_page
@@ -162,6 +163,7 @@ def test_other_models_are_a_part_of_their_own(tmp_path: Path) -> None:
     text = (out / "report.md").read_text()
     assert "## tiny, as in the file" in text
     assert "## other, float32" in text
+    assert {path.name for path in out.glob("*.svg")} == {"frontier-kl-prefill.svg", "frontier2-kl-prefill.svg"}
     summary = json.loads((out / "summary.json").read_text())
     assert [cell["part"] for cell in summary["cells"]] == ["tiny, as in the file"] * 5 + ["other, float32"] * 5
 
@@ -176,7 +178,7 @@ def test_other_prompts_are_refused(tmp_path: Path) -> None:
 def test_a_run_keeps_its_summary(tmp_path: Path) -> None:
     run = folder(tmp_path / "run", methods())
     (run / "summary.json").write_text(json.dumps({"baseline": "b:budget=25%", "cells": []}))
-    assert report.write(run) == [run / "report.md", run / "report.html"]
+    assert report.write(run) == [run / "report.md", run / "report.html", run / "frontier-kl-prefill.svg"]
     assert json.loads((run / "summary.json").read_text())["cells"] == []
     assert "kl - b:budget=25%'s" in (run / "report.md").read_text()  # the run's own baseline
 
@@ -333,6 +335,17 @@ def test_page_needs_nothing_else(tmp_path: Path) -> None:
     assert (run / "report.html").read_text() == first
 
 
+def test_picture_stands_alone(tmp_path: Path) -> None:
+    """It is well-formed, and says itself what its colours are, in light and dark."""
+    report.write(folder(tmp_path / "run", several()))
+    text = (tmp_path / "run" / "frontier-kl-prefill.svg").read_text()
+    ElementTree.fromstring(text)
+    assert "@media (prefers-color-scheme: dark)" in text
+    used, known = set(re.findall(r"var\((--\w+)\)", text)), re.findall(r"(--\w+): #", text)
+    assert {"--c1", "--ink", "--panel"} <= used
+    assert all(known.count(name) == 2 for name in used)
+
+
 @pytest.fixture(scope="module")
 def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = folder(tmp_path_factory.mktemp("report") / "run", [*several(), *methods()[:0]])
@@ -412,10 +425,11 @@ def run(*argv: str) -> int:
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one, two = folder(tmp_path / "one", methods()), folder(tmp_path / "two", several())
+    one, two = folder(tmp_path / "one", methods()), folder(tmp_path / "two", [r for r in several() if r["task"] == "needle"])
     out = tmp_path / "both"
     assert run(str(one), str(two), "--out", str(out), "--baseline", "a:budget=25%") == 0
-    assert capsys.readouterr().out.split() == [str(out / name) for name in ("report.md", "report.html", "summary.json")]
+    pictures = [f"frontier{x}.svg" for x in ("-kl-prefill", "-needle-prefill-unseen")]
+    assert capsys.readouterr().out.split() == [str(out / name) for name in ("report.md", "report.html", *pictures, "summary.json")]
     assert json.loads((out / "summary.json").read_text())["baseline"] == "a:budget=25%"
     assert run(str(one)) == 0
     assert (one / "report.html").exists()

@@ -16,17 +16,23 @@ def template(name: str) -> str:
     return resources.files("zoo.eval").joinpath(name).read_text(encoding="utf-8")
 
 
-def page(parts: Sequence[Part], baseline: str | None) -> str:
+def page(parts: Sequence[Part], baseline: str | None) -> tuple[str, dict[str, str]]:
+    """The page, and of its plots those of main scores against bytes: file name -> SVG that stands alone."""
+    pictures: dict[str, str] = {}
     body = ["<header><h1>What the caches cost</h1>", f"<p class=dim>{marked(LEGEND)}</p></header>", contents(parts), "<main>"]
     for i, part in enumerate(parts):
         body += [f'<section aria-labelledby="part{i}"><h2 id="part{i}">{escaped(part.name())}</h2>', "<ul>"]
         body += [*(f"<li>{marked(line)}</li>" for line in about(part)), "</ul>"]
         if part.twice:
             body.append(f"<p>{part.twice} rows stood in several folders; the first folder's count.</p>")
-        body += [f'<h3 id="plots{i}">Plots</h3>', *drawn(part), f'<h3 id="tables{i}">Tables</h3>']
+        body += [f'<h3 id="plots{i}">Plots</h3>', *drawn(part, pictures, str(i + 1) if i else ""), f'<h3 id="tables{i}">Tables</h3>']
         body += [tabular(table(place, cells, baseline), f"table{i}-{n}") for n, (place, cells) in enumerate(places(part.cells).items())]
         body.append("</section>")
-    return template("report.html").replace("{{body}}", "\n".join([*body, "</main>"]))
+    whole = template("report.html")
+    theme = re.search(r":root \{.*?\}\n@media .*?\} \}", whole, re.DOTALL)
+    assert theme is not None
+    alone = {name: plots.alone(svg, theme[0]) for name, svg in pictures.items()}
+    return whole.replace("{{body}}", "\n".join([*body, "</main>"])), alone
 
 
 def contents(parts: Sequence[Part]) -> str:
@@ -37,14 +43,19 @@ def contents(parts: Sequence[Part]) -> str:
     return "\n".join([*lines, "</ul></nav>"])
 
 
-def drawn(part: Part) -> Iterator[str]:
+def drawn(part: Part, pictures: dict[str, str], number: str) -> Iterator[str]:
     """The plots of a part; those of further scores are folded away."""
     names = plots.families(part.cells)
     for place, cells in plots.alike(part.cells).items():
         name = place_name((*place, 0)).rpartition(", ")[0]
         first = next((score for cell in cells if (score := main_score(cell))), None)
         for score in dict.fromkeys(score for cell in cells for score in cell["scores"]):
-            found = [figure(f"{name}: {score} against the cache's bytes", plots.frontier, cells, names, score)]
+            title = f"{name}: {score} against the cache's bytes"
+            svg = plots.frontier(cells, names, score, title)
+            found = [framed(title, svg)]
+            if score == first:
+                file = re.sub(r"[^a-z0-9]+", "-", " ".join(str(x) for x in place if x).lower()).strip("-")
+                pictures[f"frontier{number}-{file}.svg"] = svg
             if len({cell["length"] for cell in cells}) > 1:
                 found.append(figure(f"{name}: {score} against length", plots.curves, cells, names, score))
             yield from found if score == first else folded(f"{name}: {score}", found)
@@ -71,7 +82,11 @@ def widest(some: Sequence[Sequence[Cell]]) -> Sequence[Cell]:
 
 
 def figure(caption: str, plot: Callable[..., str], *args: Any) -> str:
-    return f"<figure><figcaption>{escaped(caption)}</figcaption>{plot(*args, caption)}</figure>"
+    return framed(caption, plot(*args, caption))
+
+
+def framed(caption: str, svg: str) -> str:
+    return f"<figure><figcaption>{escaped(caption)}</figcaption>{svg}</figure>"
 
 
 def folded(title: str, inside: list[str]) -> Iterator[str]:

@@ -92,6 +92,12 @@ def svg(figure: Figure, title: str) -> str:
     return text.replace("<svg", head, 1)
 
 
+def alone(text: str, theme: str) -> str:
+    """A page's plot as a file of its own: with the page's variables, in light and dark, and a ground."""
+    style = f"<style>{theme} svg {{ color: var(--ink); background: var(--panel); font-family: system-ui, sans-serif; }}</style>"
+    return re.sub(r"(<svg[^>]*>)", rf"\g<1>{style}", text, count=1)
+
+
 def escaped(text: str) -> str:
     return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
 

@@ -278,14 +278,15 @@ def row_of(cells: Sequence[str]) -> str:
 
 
 def write(folder: Path, folders: Sequence[Path] | None = None, baseline: str | None = None) -> list[Path]:
-    """report.md and report.html (where matplotlib is installed) of the runs in `folders` (the folder itself unless given) into `folder`;
-    summary.json, too, where that is none of a run. Returns what was written. Raises ZooError."""
+    """report.md and, where matplotlib is installed, report.html and its main plots as frontier-*.svg, of the runs in `folders` (the folder
+    itself unless given) into `folder`; summary.json, too, where that is none of a run. Returns what was written. Raises ZooError."""
     parts, baseline = join([folder] if folders is None else folders, baseline)
     made: dict[str, str] = {"report.md": markdown(parts, baseline)}
     if importlib.util.find_spec("matplotlib") is not None:
         from zoo.eval import html
 
-        made["report.html"] = html.page(parts, baseline)
+        made["report.html"], pictures = html.page(parts, baseline)
+        made |= pictures
     if not (folder / "config.json").exists():  # a run writes its own, in which nothing is of this machine's speed
         cells = [{"part": part.name(), **{k: v for k, v in cell.items() if k != "rate"}} for part in parts for cell in part.cells]
         made["summary.json"] = json.dumps({"baseline": baseline, "cells": cells}, indent=1, ensure_ascii=False) + "\n"

@@ -197,14 +197,13 @@ def page(picture: Picture, about: dict[str, Any]) -> str:
         "error": packed((1e4 * p.error).round().clamp(max=65535).to(torch.uint16)),
     }
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # no text may end the script that holds it
-    page = resources.files("zoo.eval").joinpath("show.html").read_text(encoding="utf-8")
-    return page.replace("{{data}}", text)
+    return resources.files("zoo.eval").joinpath("show.html").read_text(encoding="utf-8").replace("{{data}}", text)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     p = cli.Parser(prog="python -m zoo.eval show", description="What a cache kept, merged and dropped of a text, as one HTML page.")
     p.add_argument("--file", required=True, help="the text; - reads standard input")
-    p.add_argument("--out", required=True, type=Path, metavar="PAGE.html")
+    p.add_argument("--out", default="cache.html", type=Path, metavar="PAGE.html", help="(cache.html)")
     p.add_argument("--attn", default="subgen", help="attention method, such as subgen:budget=25%%")
     p.add_argument("--model", default="smollm2-135m", help="a name, a hub id, or a folder")
     p.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="the file's own unless given")
