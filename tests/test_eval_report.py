@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -11,8 +13,10 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from browser import CONTRAST, OUTLINE, open_page
+from PIL import Image
 
 from zoo import cli
 from zoo.errors import ZooError
@@ -70,8 +74,8 @@ def test_ranks_only_at_equal_bytes(tmp_path: Path) -> None:
     assert standing["a:budget=25%"] == "1 of 3"
     assert standing["c:budget=25%"] == "2 of 3 ≈"  # its difference to the first has an interval that contains 0
     assert standing["b:budget=25%"] == "3 of 3"  # a hundredth of what prompts differ by, but on each of them
-    assert standing["full"] == "alone at its bytes: nearest is b:budget=25%, -74 %"
-    assert standing["lone:budget=12%"] == "alone at its bytes: nearest is a:budget=25%, +3 %"
+    assert standing["full"] == "alone: nearest bytes -74\xa0%, b:budget=25%"
+    assert standing["lone:budget=12%"] == "alone: nearest bytes +3\xa0%, a:budget=25%"
 
 
 @pytest.mark.parametrize(("other", "sizes"), [(1_030_000, [2]), (1_031_000, [1, 1])])
@@ -94,7 +98,7 @@ def test_stream_counts_the_peak(tmp_path: Path) -> None:
 
     rows = [one(attn, i, peak) for i in range(8) for attn, peak in (("a", 600_000), ("b", 610_000), ("c", 700_000))]
     cells = cells_of(folder(tmp_path / "run", rows))
-    assert [report.standing(cells[attn]).partition(":")[0] for attn in "abc"] == ["1 of 2", "1 of 2 ≈", "alone at its bytes"]
+    assert [report.standing(cells[attn]).partition(":")[0] for attn in "abc"] == ["1 of 2", "1 of 2 ≈", "alone"]
     table = report.table(tuple(cells["a"][name] for name in report.PLACE), list(cells.values()), None)
     assert dict(zip(table.head, table.body[0], strict=True))["of full"] == "35.0 %"
 
@@ -258,6 +262,29 @@ def test_heat_map_is_by_depth_and_length(tmp_path: Path) -> None:
     assert plots.grids(parts[0], [cell for cell in parts[0].cells if cell["task"] == "kl"])[1] == {}
 
 
+def test_errors_of_heads(tmp_path: Path) -> None:
+    """The mean over samples at the longest length, layers across and heads down; of nothing that is exact, and of no task without them."""
+
+    def one(attn: str, n: int, i: int, errors: list[list[float]]) -> dict[str, Any]:
+        return row(attn, i, {"error": sum(map(sum, errors)) / 6}, 1000, task="attn", length=n, heads=errors)
+
+    rows = [one("full", n, i, [[0.0] * 2] * 3) for n in (512, 1024) for i in (0, 1)]
+    rows += [one("a", n, i, [[0.1 + i, 0.2], [0.3, 0.4], [0.5, 0.6 + n]]) for n in (512, 1024) for i in (0, 1)]
+    parts, _ = report.join([folder(tmp_path / "run", rows)], None)
+    text = plots.heads(parts[0], parts[0].cells, "errors")
+    assert re.findall(r">(a: [^<]*)<", text) == ["a: 0.2 to 1e+03"]
+    assert "1,024 tokens" in text
+    assert ">full" not in text
+    (image,) = re.findall(r'xlink:href="data:image/png;base64,([^"]*)"', text)
+    pixels = np.array(Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB")).astype(int)
+    assert "scale(1 -1)" in text  # rows of the image go upwards
+    dark = pixels[::-1].sum(2) < 250  # one field of six: the last layer's second head
+    assert 0.12 < dark.mean() < 0.22
+    assert dark[-len(dark) // 4 :, -dark.shape[1] // 4 :].all()
+    kl, _ = report.join([folder(tmp_path / "kl", methods())], None)
+    assert plots.heads(kl[0], kl[0].cells, "errors") == ""
+
+
 def test_numbers_of_a_heat_map_can_be_read() -> None:
     from matplotlib import colormaps
 
@@ -278,6 +305,8 @@ def test_colours_are_the_page_s(tmp_path: Path) -> None:
     assert "currentColor" in text
     assert ">1,024 tokens<" in text  # as text
     assert text == plots.frontier(kl, names, "kl", 'a "title"')
+    same = plots.frontier([cell | {"scores": {"kl": {"mean": 0.0, "low": 0.0, "high": 1.4e-17}}} for cell in kl], names, "kl", "all alike")
+    assert ">1e" not in same
     assert len({tuple(plots.look(i).values()) for i in range(40)}) == 40
 
 

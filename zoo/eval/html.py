@@ -62,6 +62,9 @@ def drawn(part: Part, pictures: dict[str, str], number: str) -> Iterator[str]:
         score, grid = plots.grids(part, cells)
         if grid:
             yield figure(f"{name}: {score} by depth and length", plots.heat, score, grid)
+        title = f"{name}: {score} of each layer and head"
+        if svg := plots.heads(part, cells, title):
+            yield framed(title, svg)
     yield from costs(part, names)
 
 

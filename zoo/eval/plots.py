@@ -19,7 +19,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from zoo.eval import stats
 from zoo.eval.metrics import BETTER
@@ -118,6 +118,9 @@ def panels(
         for i, axes in enumerate(panes):
             each(axes, i)
             axes.set_title(titles[i])
+        low, high = min(axes.dataLim.y0 for axes in panes), max(axes.dataLim.y1 for axes in panes)
+        if high - low < 1e-9:  # else all the same number is drawn with a scale of 1e-17
+            panes[0].set_ylim(low - 0.5, high + 0.5)
         below(figure, xlabel, ylabel)
         marks = [panes[0].plot([], [], label=name, **look(i))[0] for i, name in enumerate(names) if name in used]
         figure.legend(handles=marks, loc="upper right")
@@ -164,7 +167,7 @@ def draw(axes: Any, lines: dict[str, Line], names: Sequence[str]) -> None:
 def ticks(axis: Any, values: Sequence[float], name: Callable[[float], str]) -> None:
     axis.set_ticks(sorted(set(values)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: name(value)))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
 
 
 def short(tokens: float) -> str:
@@ -316,6 +319,29 @@ def heat(score: str, grid: dict[str, dict[tuple[float, int], float]], title: str
                 ink = BLACK if luminance(shade) > 0.179 else "#ffffff"  # where both have the same contrast, 4.6
                 axes.text(x, y, f"{value:.2g}", ha="center", va="center", color=ink, fontsize=8)
         below(figure, "tokens", "depth")
+        return svg(figure, title)
+
+
+def heads(part: Part, cells: Sequence[Cell], title: str) -> str:
+    """Of rows that say it, the error of each layer (across) and head (down) at the longest length, a panel for each method; "" of none."""
+    longest = max(cell["length"] for cell in cells)
+    means = {}
+    for cell in cells:
+        found = [row["heads"] for row in part.of(cell) if cell["length"] == longest and row.get("heads")]
+        if found and cell["scores"][main_score(cell) or ""]["mean"]:
+            mean = [[sum(x) / len(found) for x in zip(*layer, strict=True)] for layer in zip(*found, strict=True)]
+            means[cell["attn"]] = list(zip(*mean, strict=True))  # head by head
+    if not means:
+        return ""
+    most = max(max(map(max, one)) for one in means.values())
+    with rc_context({**STYLE, "axes.grid": False}):
+        figure, panes = laid_out(len(means), (2.6, 0.9), (0.15, 0.4))
+        for axes, (attn, one) in zip(panes, means.items(), strict=True):
+            axes.imshow(one, aspect="auto", interpolation="nearest", cmap="viridis_r", vmin=0, vmax=most)
+            axes.set(title=f"{attn}: {min(map(min, one)):.2g} to {max(map(max, one)):.2g}")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.yaxis.get_major_locator().set_params(integer=True, nbins=3)
+        below(figure, f"layer; yellow: 0, darkest: {most:.2g}; {longest:,} tokens", "head")
         return svg(figure, title)
 
 

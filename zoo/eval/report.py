@@ -153,7 +153,7 @@ def rank(part: Part) -> None:
             ranked = [cell for cell in group if main_score(cell)]
             if len(group) == 1:
                 others = sorted((c for c in cells if c is not group[0]), key=lambda c: abs(counted(c) - counted(group[0])))
-                group[0]["rank"] = {"reason": "alone at its bytes" + (nearest(group[0], others[0]) if others else "")}
+                group[0]["rank"] = {"reason": "alone" + (nearest(group[0], others[0]) if others else "")}
             elif len(ranked) < len(group) or len({main_score(cell) for cell in group}) > 1:
                 for cell in group:
                     cell["rank"] = {"reason": "no score in common"}
@@ -165,7 +165,7 @@ def rank(part: Part) -> None:
 
 
 def nearest(cell: Cell, other: Cell) -> str:
-    return f": nearest is {other['attn']}, {100 * (counted(other) / max(counted(cell), 1) - 1):+.0f} %"
+    return f": nearest bytes {100 * (counted(other) / max(counted(cell), 1) - 1):+.0f}\u00a0%, {other['attn']}"
 
 
 def settle(part: Part, group: list[Cell]) -> None:
