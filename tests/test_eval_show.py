@@ -203,7 +203,7 @@ def test_bad_input_is_one_line(tiny: Path, tmp_path: Path, capsys: pytest.Captur
 
 @pytest.fixture(scope="module")
 def page_file(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, show.Picture]:
-    shown, lm = picture(tiny, "subgen:budget=128,when=stream")
+    shown, lm = picture(tiny, "subgen:budget=224,when=stream")
     path = tmp_path_factory.mktemp("show") / "page.html"
     path.write_text(show.page(shown, {"attn": str(lm.attn), "model": "tiny", "source": "a.txt"}))
     return path, shown
