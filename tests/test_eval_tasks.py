@@ -70,6 +70,14 @@ def test_lines_are_made_in_that_form(material: Material) -> None:
     assert context + question == "".join(lines.prompt(record, asked)) + f"Line <{asked}>: <REGISTER_CONTENT> is"
 
 
+@pytest.mark.parametrize(("depth", "place"), [("0", 0), ("0.5", None), ("1", -1)])
+def test_lines_at_depths(material: Material, depth: str, place: int | None) -> None:
+    pytest.importorskip("wonderwords")
+    s = TASKS["lines"]().sample(material, f"depth={depth}", 2000, 0)
+    numbers = [line.split("<")[-1][:-1] for line in material.tokenizer.decode(s.context).splitlines() if line.startswith("line ")]
+    assert numbers.index(str(s.expected)) == (len(numbers) // 2 if place is None else place % len(numbers))
+
+
 def test_passkey_is_the_published_one(material: Material) -> None:
     s = TASKS["passkey"]().sample(material, "depth=0.25", 1000, 0)
     task, before, key, after, question = material.tokenizer.decode(s.context + s.question).split("\n")

@@ -169,8 +169,6 @@ def adopt(cache: Any, method: Budgeted) -> None:
     cache.method = method
     for layer in cache:
         layer.method = method
-    if not method.budget.percent:
-        cache.held.fill_(method.slots(0))
 
 
 class FullBytes:
