@@ -237,15 +237,23 @@ def test_a_run_writes_every_row(tiny: Path, text: Path, tmp_path: Path, capsys: 
     assert said.count("subgen:budget=25%") == 12
 
 
-def test_seen_and_unseen_questions(tiny: Path, text: Path, tmp_path: Path) -> None:
-    """The same prompt; where it is unseen, the cache compresses without it, and the question is kept whole on top of the budget."""
+def test_seen_and_unseen_questions(tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same prompt; where it is unseen, the cache compresses without it, and the question is kept whole on top of the budget. The full
+    cache runs once, whatever was run before."""
+    readings, plain = [], Prompt.read
+    monkeypatch.setattr(Prompt, "read", lambda self, *args: readings.append((str(args[0]), args[1])) or plain(self, *args))
     argv = ["--attn", "full", "snapkv:budget=25%", "--tasks", "passkey", "--question", "seen,unseen", "--lengths", "700", "--samples", "1"]
     assert evaluate(tiny, text, tmp_path / "out", *argv) == 0
+    assert [question for name, question in readings if name == "full"] == ["unseen"]
     seen, seen_snap, unseen, unseen_snap = rows(tmp_path / "out")
     assert len({r["prompt"] for r in (seen, seen_snap, unseen, unseen_snap)}) == 1
     assert seen["scores"] == unseen["scores"]
     assert seen_snap["scores"] != unseen_snap["scores"]
     assert seen_snap["bytes"]["final"] < unseen_snap["bytes"]["final"] < seen["bytes"]["final"]
+    whole = (records := tmp_path / "out" / "records.jsonl").read_bytes()
+    records.write_bytes(b"".join(whole.splitlines(keepends=True)[:2]))  # goes on with what was unseen alone
+    assert evaluate(tiny, text, tmp_path / "out", *argv) == 0
+    assert records.read_bytes() == whole
 
 
 @pytest.mark.parametrize("task", ["ppl", "attn", "lines", "niah", "needle", "vt", "cwe", "fwe"])
