@@ -240,12 +240,21 @@ def test_a_run_writes_every_row(tiny: Path, text: Path, tmp_path: Path, capsys: 
 def test_seen_and_unseen_questions(tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same prompt; where it is unseen, the cache compresses without it, and the question is kept whole on top of the budget. The full
     cache runs once, whatever was run before."""
-    readings, plain = [], Prompt.read
-    monkeypatch.setattr(Prompt, "read", lambda self, *args: readings.append((str(args[0]), args[1])) or plain(self, *args))
+    readings: list[tuple[str, str, int]] = []
+    plain = Prompt.read
+
+    def read(self: Prompt, method: Any, question: str, inside: bool) -> Any:
+        run = plain(self, method, question, inside)
+        readings.append((str(method).partition(":")[0], question, run.tokens))
+        return run
+
+    monkeypatch.setattr(Prompt, "read", read)
     argv = ["--attn", "full", "snapkv:budget=25%", "--tasks", "passkey", "--question", "seen,unseen", "--lengths", "700", "--samples", "1"]
     assert evaluate(tiny, text, tmp_path / "out", *argv) == 0
-    assert [question for name, question in readings if name == "full"] == ["unseen"]
     seen, seen_snap, unseen, unseen_snap = rows(tmp_path / "out")
+    question = len(zoo.load(str(tiny)).tokenizer.encode("\nWhat is the pass key? The pass key is"))
+    less = seen["tokens"] - question
+    assert readings == [("full", "unseen", less), ("snapkv", "seen", seen["tokens"]), ("snapkv", "unseen", less)]
     assert len({r["prompt"] for r in (seen, seen_snap, unseen, unseen_snap)}) == 1
     assert seen["scores"] == unseen["scores"]
     assert seen_snap["scores"] != unseen_snap["scores"]
