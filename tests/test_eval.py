@@ -28,8 +28,10 @@ from zoo.attention.selecting import Selecting, SelectingCache
 from zoo.eval import __main__ as command
 from zoo.eval import protocols
 from zoo.eval.protocols import FullBytes, method_of, same_reading
+from zoo.eval.records import Records
 from zoo.eval.run import Prompt
 from zoo.eval.tasks import TASKS, Sample
+from zoo.sampling import Sampler
 
 TEXT = "".join(f"Chapter {i}. {CORPUS}" for i in range(9))
 
@@ -144,7 +146,7 @@ def test_full_bytes_are_those_of_a_full_cache(lm: zoo.LM, tiny_mistral: Path, id
             assert protocols.end(protocols.read(model, parse("full"), ids[:n])).final() == FullBytes(model)(n)
 
 
-def test_answers_are_the_models_own(lm: zoo.LM, ids: list[int]) -> None:
+def test_answers_are_the_models_own(lm: zoo.LM, ids: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """What a run says is what `generate` says, and its log-probability of an answer is that of one pass without a cache."""
     prompt, answer = ids[:300], ids[500:507]
     run = protocols.end(protocols.read(lm, parse("full"), prompt[:280]))
@@ -157,6 +159,11 @@ def test_answers_are_the_models_own(lm: zoo.LM, ids: list[int]) -> None:
     tokens = run.tokens
     assert run.logprob(answer) == pytest.approx(true, abs=1e-3)
     assert run.tokens == tokens + 7
+    again = protocols.end(protocols.read(lm, parse("full"), prompt))
+    assert said.startswith(again.clone().reply(12, lambda text: len(text) >= 5))
+    new = [token for (token,) in lm.tokens([prompt], 12, Sampler())]
+    monkeypatch.setattr(lm, "end_ids", frozenset(new[5:6]))
+    assert again.reply(12) == "".join(lm.stream(prompt, 12)) != said
 
 
 def test_the_tokens_of_a_prompt_are_all_looked_at(lm: zoo.LM, ids: list[int]) -> None:
@@ -230,15 +237,32 @@ def test_a_run_writes_every_row(tiny: Path, text: Path, tmp_path: Path, capsys: 
     assert said.count("subgen:budget=25%") == 12
 
 
-def test_seen_and_unseen_questions(tiny: Path, text: Path, tmp_path: Path) -> None:
-    """The same prompt; where it is unseen, the cache compresses without it, and the question is kept whole on top of the budget."""
+def test_seen_and_unseen_questions(tiny: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same prompt; where it is unseen, the cache compresses without it, and the question is kept whole on top of the budget. The full
+    cache runs once, whatever was run before."""
+    readings: list[tuple[str, str, int]] = []
+    plain = Prompt.read
+
+    def read(self: Prompt, method: Any, question: str, inside: bool) -> Any:
+        run = plain(self, method, question, inside)
+        readings.append((str(method).partition(":")[0], question, run.tokens))
+        return run
+
+    monkeypatch.setattr(Prompt, "read", read)
     argv = ["--attn", "full", "snapkv:budget=25%", "--tasks", "passkey", "--question", "seen,unseen", "--lengths", "700", "--samples", "1"]
     assert evaluate(tiny, text, tmp_path / "out", *argv) == 0
     seen, seen_snap, unseen, unseen_snap = rows(tmp_path / "out")
+    question = len(zoo.load(str(tiny)).tokenizer.encode("\nWhat is the pass key? The pass key is"))
+    less = seen["tokens"] - question
+    assert readings == [("full", "unseen", less), ("snapkv", "seen", seen["tokens"]), ("snapkv", "unseen", less)]
     assert len({r["prompt"] for r in (seen, seen_snap, unseen, unseen_snap)}) == 1
     assert seen["scores"] == unseen["scores"]
     assert seen_snap["scores"] != unseen_snap["scores"]
     assert seen_snap["bytes"]["final"] < unseen_snap["bytes"]["final"] < seen["bytes"]["final"]
+    whole = (records := tmp_path / "out" / "records.jsonl").read_bytes()
+    records.write_bytes(b"".join(whole.splitlines(keepends=True)[:2]))  # goes on with what was unseen alone
+    assert evaluate(tiny, text, tmp_path / "out", *argv) == 0
+    assert records.read_bytes() == whole
 
 
 @pytest.mark.parametrize("task", ["ppl", "attn", "lines", "niah", "needle", "vt", "cwe", "fwe"])
@@ -563,6 +587,39 @@ def test_a_damaged_folder_is_one_line(
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     harm(tmp_path / "out")
     fails(capsys, evaluate(tiny, tmp_path / "text.txt", tmp_path / "out", *SHORT), says)
+
+
+def test_a_folder_has_one_run_at_a_time(tiny: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(finished / "out", tmp_path / "out")
+    first = Records(tmp_path / "out", json.loads((tmp_path / "out" / "config.json").read_text()))
+    fails(capsys, evaluate(tiny, finished / "text.txt", tmp_path / "out", *SHORT), "is being written by another run")
+    first.close()
+    assert evaluate(tiny, finished / "text.txt", tmp_path / "out", *SHORT) == 0
+
+
+@pytest.mark.parametrize("how", ["error", "short"])
+def test_a_full_disk(
+    tiny: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    """In the middle of a row: one line, and when there is room again the run goes on."""
+    write, rows_written = os.write, []
+
+    def full(file: int, data: bytes) -> int:
+        rows_written.append(data)
+        if len(rows_written) < 9:
+            return write(file, data)
+        if how == "error":
+            raise OSError(28, "No space left on device")
+        return write(file, data[:20])
+
+    with monkeypatch.context() as patch:
+        patch.setattr("zoo.eval.records.os.write", full)
+        status = evaluate(tiny, finished / "text.txt", tmp_path / "out", *SHORT)
+    err = capsys.readouterr().err.rsplit("\r", 1)[-1].strip()
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert err.endswith("No space left on device")
+    assert evaluate(tiny, finished / "text.txt", tmp_path / "out", *SHORT) == 0
+    same(finished / "out", tmp_path / "out")
 
 
 def test_a_folder_that_cannot_be_written(tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

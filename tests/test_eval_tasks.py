@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,23 @@ def test_a_line_retrieval_prompt_is_the_published_one(material: Material) -> Non
     assert material.tokenizer.decode(s.question).strip().startswith("Now the record is over.")
 
 
+class Runs:
+    """A tokenizer in which blank lines are one token, as in many: no text can be cut anywhere without changing its ids."""
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        return [0] * bos + [len(run) * 1000 + ord(run[0]) for run in re.findall(r"\n+|[^\n]", text)]
+
+
+def test_the_question_begins_with_the_token_that_has_a_part_of_it() -> None:
+    runs: Any = Runs()
+    s = tokens(runs, Draft("ab\n", "\nc\n", " d", "d"))
+    assert s.context + s.question == runs.encode("ab\n\nc\n")
+    assert s.context == runs.encode("ab")
+    assert s.follow == runs.encode(" d", bos=False)
+    s = tokens(runs, Draft("ab", "\nc\n", "\nd", "d"))  # an answer that would change the question's last token is encoded by itself
+    assert (s.context, s.question, s.follow) == (runs.encode("ab"), runs.encode("\nc\n", False), runs.encode("\nd", False))
+
+
 def test_lines_are_made_in_that_form(material: Material) -> None:
     pytest.importorskip("wonderwords")
     s = TASKS["lines"]().sample(material, "", 2000, 3)
@@ -68,6 +86,14 @@ def test_lines_are_made_in_that_form(material: Material) -> None:
     assert str(dict(record)[asked]) == s.expected
     assert material.tokenizer.decode(s.follow) == f" <{s.expected}>"
     assert context + question == "".join(lines.prompt(record, asked)) + f"Line <{asked}>: <REGISTER_CONTENT> is"
+
+
+@pytest.mark.parametrize(("depth", "place"), [("0", 0), ("0.5", None), ("1", -1)])
+def test_lines_at_depths(material: Material, depth: str, place: int | None) -> None:
+    pytest.importorskip("wonderwords")
+    s = TASKS["lines"]().sample(material, f"depth={depth}", 2000, 0)
+    numbers = [line.split("<")[-1][:-1] for line in material.tokenizer.decode(s.context).splitlines() if line.startswith("line ")]
+    assert numbers.index(str(s.expected)) == (len(numbers) // 2 if place is None else place % len(numbers))
 
 
 def test_passkey_is_the_published_one(material: Material) -> None:

@@ -101,7 +101,7 @@ def test_readme_tables_are_complete() -> None:
 
 def test_every_flag_is_somewhere_in_help(capsys: pytest.CaptureFixture[str]) -> None:
     """--help works for each command line and exits with 0."""
-    for main in (generate.main, chat.main, bench.main):
+    for main in (generate.main, chat.main, bench.main, evaluation.main):
         with pytest.raises(SystemExit) as e:
             main(["--help"])
         assert e.value.code == 0

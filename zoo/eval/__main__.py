@@ -11,6 +11,7 @@ continues it after an interruption. docs/evaluation.md says what the tasks ask, 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import importlib
 import json
@@ -123,7 +124,7 @@ def material(args: Any, tokenizer: Any) -> Any:
     return Material(tokenizer, text, args.seed, bool(args.text), tuple(args.depths), {"niah": tuple(args.niah)}, data)
 
 
-def config(args: Any, argv: list[str], files: dict[str, str]) -> dict[str, Any]:
+def config(args: Any, argv: list[str], lm: Any, files: dict[str, str]) -> dict[str, Any]:
     import torch
 
     import zoo
@@ -141,6 +142,7 @@ def config(args: Any, argv: list[str], files: dict[str, str]) -> dict[str, Any]:
     return {
         "command": "python -m zoo.eval " + shlex.join(argv),
         "arguments": given,
+        "model": {"dtype": str(lm.dtype).removeprefix("torch."), "backend": lm.backend, **dataclasses.asdict(lm.config)},
         "versions": versions,
         "commit": commit(Path(zoo.__file__).parent),
         "seed": args.seed,
@@ -211,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     tasks = {name if name != "data" else f"data:{args.data.stem}": TASKS[name]() for name in args.tasks}
     plan = run.Plan(tasks, args.attn, args.protocols, args.question, args.lengths, args.samples, args.seed)
     run.check(lm, plan, given)
-    records = Records(args.out, config(args, argv, {"text": given.text, "data": json.dumps(given.data)}))
+    records = Records(args.out, config(args, argv, lm, {"text": given.text, "data": json.dumps(given.data)}))
     progress = Progress()
     try:
         run.run(lm, plan, given, records, progress)

@@ -111,16 +111,13 @@ class Run:
     def reply(self, most: int, stop: Callable[[str], bool] = lambda text: False) -> str:
         """What is said next, greedily: until an end token, `stop`, or so many tokens."""
         said: list[int] = []
-        logits = self.logits
-        while len(said) < most:
-            token = int(logits.argmax())
-            if token in self.lm.end_ids:
-                break
+        token = int(self.logits.argmax())
+        while token not in self.lm.end_ids:
             said.append(token)
-            if len(said) == most or stop(self.lm.tokenizer.decode(said)):
+            if len(said) >= most or stop(self.lm.tokenizer.decode(said)):
                 break
             start = time.perf_counter()
-            logits = self.lm.decode_step([token], self.cache)[0]
+            token = int(self.lm.decode_step([token], self.cache)[0].argmax())  # a number: on a GPU, this waits for it
             self.steps.append(time.perf_counter() - start)
             self.tokens += 1
             self.sample()
@@ -150,6 +147,7 @@ def read(lm: LM, method: Attention, ids: Sequence[int], more: int = 0, forward: 
                 run.inside.append(seen.gather(1, t[0, max(first, 1) : end, None])[:, 0])
                 ahead = logs[-1:]
     run.logits = hidden[-1] if forward else lm.model.logits(hidden[-1])
+    finished(lm)
     run.tokens, run.seconds = len(ids), time.perf_counter() - start - aside
     return run
 
@@ -158,9 +156,16 @@ def end(run: Run) -> Run:
     """The prompt is over: compress."""
     start = time.perf_counter()
     run.cache.end_prompt()
+    finished(run.lm)
     run.seconds += time.perf_counter() - start
     run.sample()
     return run
+
+
+def finished(lm: LM) -> None:
+    """What was given to a GPU has been done: for the clock."""
+    if lm.device.type != "cpu":
+        torch.accelerator.synchronize(lm.device)
 
 
 def adopt(cache: Any, method: Budgeted) -> None:
@@ -169,8 +174,6 @@ def adopt(cache: Any, method: Budgeted) -> None:
     cache.method = method
     for layer in cache:
         layer.method = method
-    if not method.budget.percent:
-        cache.held.fill_(method.slots(0))
 
 
 class FullBytes:

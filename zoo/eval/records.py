@@ -9,6 +9,8 @@ A row is written whole, timings first. What a killed run leaves may end in half 
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -45,6 +47,8 @@ class Records:
         self.folder, path = folder, folder / "config.json"
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self.lock = os.open(folder, os.O_RDONLY)
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if path.exists():
                 self.check(path, config["arguments"])
             elif (folder / "records.jsonl").exists():
@@ -55,6 +59,8 @@ class Records:
             self.done = {key_of(row) for row in self.rows}
             timings = [row for row in rows_of(folder / "timings.jsonl") if key_of(row) in self.done]
             self.files = [begin(folder / name, rows) for name, rows in (("timings.jsonl", timings), ("records.jsonl", self.rows))]
+        except BlockingIOError:
+            raise ZooError(f"{folder} is being written by another run; wait for it, or choose another --out") from None
         except OSError as e:
             raise ZooError(f"cannot write to {folder}: {e.strerror}") from None
 
@@ -73,13 +79,18 @@ class Records:
     def add(self, row: Row, rate: Row) -> None:
         row = rounded(row)
         timing = {name: row[name] for name in KEY} | {"rate": rounded(rate)}
-        for file, what in zip(self.files, (timing, row), strict=True):
-            os.write(file, json.dumps(what, ensure_ascii=False).encode() + b"\n")
+        try:
+            for file, what in zip(self.files, (timing, row), strict=True):
+                data = json.dumps(what, ensure_ascii=False).encode() + b"\n"
+                if os.write(file, data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as e:
+            raise ZooError(f"cannot write to {self.folder}: {e.strerror}") from None
         self.rows.append(row)
         self.done.add(key_of(row))
 
     def close(self) -> None:
-        for file in self.files:
+        for file in (*self.files, self.lock):
             os.close(file)
 
 

@@ -75,12 +75,14 @@ class Prompt:
         return s.context if question == "unseen" else s.context + s.question
 
     def full(self) -> Outcome:
-        question = "unseen" if self.task.asks else ""
-        return self.once("full", question, "prefill")
+        return self.once("full", "", "prefill")
 
     def once(self, spelling: str, question: str, protocol: str) -> Outcome:
-        """Of a method without a protocol. A full cache does not care, either, whether it knows the question."""
-        key = (spelling, question if spelling != "full" else "")
+        """Of a method without a protocol. A full cache does not care, either, whether it knows the question, which always comes after it:
+        its numbers must not depend on what was run before."""
+        if spelling == "full":
+            question = "unseen" if self.task.asks else ""
+        key = (spelling, question)
         if key not in self.kept:
             run = self.read(method_of(spelling, protocol, len(self.ids(question))), question, self.whole)
             self.kept[key] = self.finish(protocols.end(run), question)

@@ -7,6 +7,7 @@ than methods do, so a method is compared by the differences on each prompt, not 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,11 +22,15 @@ def interval(values: Sequence[float], draws: int = DRAWS) -> tuple[float, float]
     """95 % bootstrap interval of the mean; the same values give the same interval. None of fewer than two."""
     if len(values) < 2:
         return None
-    generator = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(values), (draws, len(values)), generator=generator)
-    means = torch.tensor(values, dtype=torch.float64)[picks].mean(1)
+    means = torch.tensor(values, dtype=torch.float64)[picks(len(values), draws)].mean(1)
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
+
+
+@functools.lru_cache(maxsize=4)
+def picks(n: int, draws: int) -> torch.Tensor:
+    """(draws, n): which of n rows each draw takes."""
+    return torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(0))
 
 
 def group(variant: str) -> str:
