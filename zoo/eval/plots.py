@@ -119,7 +119,7 @@ def panels(
             each(axes, i)
             axes.set_title(titles[i])
         low, high = min(axes.dataLim.y0 for axes in panes), max(axes.dataLim.y1 for axes in panes)
-        if high - low < 1e-9:  # else all the same number is drawn with a scale of 1e-17
+        if high - low < 1e-9 and panes[0].get_yscale() == "linear":  # else numbers all alike get a scale of 1e-17
             panes[0].set_ylim(low - 0.5, high + 0.5)
         below(figure, xlabel, ylabel)
         marks = [panes[0].plot([], [], label=name, **look(i))[0] for i, name in enumerate(names) if name in used]
