@@ -89,6 +89,14 @@ def test_judges(task: str, said: str, expected: Any, scores: dict[str, float]) -
     assert set(got) <= set(metrics.BETTER)
 
 
+def test_an_answer_ends_when_nothing_can_change_its_score() -> None:
+    """Strings that were found stay found; a last integer does not."""
+    assert TASKS["niah"]().settled(" 17 and 23", ["17", "23"])  # type: ignore[attr-defined]
+    assert not TASKS["niah"]().settled(" 17 and 2", ["17", "23"])  # type: ignore[attr-defined]
+    assert not TASKS["lines"]().settled(" <17", "17")  # type: ignore[attr-defined]
+    assert not TASKS["passkey"]().settled(" 17", "17")  # type: ignore[attr-defined]
+
+
 # Intervals
 
 

@@ -107,6 +107,9 @@ def test_passkey_is_the_published_one(material: Material) -> None:
     assert endless.startswith(after)
     assert len(before) == int(0.25 * (len(before) + len(after)))
     assert material.tokenizer.decode(s.follow) == f" {s.expected}"
+    keys = [int(str(TASKS["passkey"]().sample(material, "", 400, i).expected)) for i in range(40)]
+    assert 1 <= min(keys) < 5000
+    assert 45000 < max(keys) <= 50000
 
 
 def test_niah_is_in_rulers_form(material: Material) -> None:

@@ -43,26 +43,34 @@ class Records:
     """An open folder. rows: those that are done, in the file's order."""
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
-        """Begins or continues `folder`. Raises ZooError when it was made by other arguments, or cannot be written."""
-        self.folder, path = folder, folder / "config.json"
+        """Begins or continues `folder`. Raises ZooError when it was made by other arguments, is being written, or cannot be."""
+        self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = os.open(folder, os.O_RDONLY)
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists():
-                self.check(path, config["arguments"])
-            elif (folder / "records.jsonl").exists():
-                raise ZooError(f"{folder} has records.jsonl but no config.json; choose another --out")
-            else:
-                write(path, config)
-            self.rows = rows_of(folder / "records.jsonl")
-            self.done = {key_of(row) for row in self.rows}
-            timings = [row for row in rows_of(folder / "timings.jsonl") if key_of(row) in self.done]
-            self.files = [begin(folder / name, rows) for name, rows in (("timings.jsonl", timings), ("records.jsonl", self.rows))]
+            try:
+                self.start(folder / "config.json", config)
+            except BaseException:
+                os.close(self.lock)
+                raise
         except BlockingIOError:
             raise ZooError(f"{folder} is being written by another run; wait for it, or choose another --out") from None
         except OSError as e:
             raise ZooError(f"cannot write to {folder}: {e.strerror}") from None
+
+    def start(self, path: Path, config: dict[str, Any]) -> None:
+        fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        records, times = self.folder / "records.jsonl", self.folder / "timings.jsonl"
+        if path.exists():
+            self.check(path, config["arguments"])
+        elif records.exists():
+            raise ZooError(f"{self.folder} has records.jsonl but no config.json; choose another --out")
+        else:
+            write(path, config)
+        self.rows = rows_of(records)
+        self.done = {key_of(row) for row in self.rows}
+        timings = [row for row in rows_of(times) if key_of(row) in self.done]
+        self.files = [begin(times, timings), begin(records, self.rows)]
 
     def check(self, path: Path, arguments: dict[str, Any]) -> None:
         try:
