@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -238,3 +239,18 @@ def smollm2() -> Path:
         return embedded.folder()
     except ZooError as e:
         pytest.skip(f"the embedded model is not here: {e}")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A headless Chromium: ZOO_BROWSER names its program, else one that is installed or playwright's own (extra `browser`)."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="a browser needs playwright: pip install -e '.[browser]'")
+    names = (os.environ.get("ZOO_BROWSER", ""), "chromium-headless-shell", "chromium", "google-chrome")
+    program = next(filter(None, map(shutil.which, filter(None, names))), None)
+    with sync_api.sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=program)
+        except sync_api.Error as e:
+            pytest.skip(f"no Chromium here (playwright install chromium, or ZOO_BROWSER): {str(e).splitlines()[0]}")
+        yield browser
+        browser.close()

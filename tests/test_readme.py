@@ -19,6 +19,7 @@ from zoo import attention, calibrate, chat, cli, generate, inspection, models
 from zoo.attention.cache import Bytes
 from zoo.bench import __main__ as bench
 from zoo.errors import ZooError
+from zoo.eval import __main__ as evaluation
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -61,9 +62,18 @@ def test_readme_command(
     elif module == "zoo.bench":
         extra += ["--steps", "2", "--repeats", "1", "--compile", "off"]
         argv = [x for x in argv if not x[:1].isdigit() and x != "--contexts"] + ["--contexts", "6"]
+    elif module == "zoo.eval":
+        argv = [*argv[: argv.index("--out")], "--out", str(tmp_path / "out"), "--lengths", "400", "--samples", "1"]
     elif "--list" not in argv:
         extra += ["--max-new-tokens", "5"]
-    mains = {"zoo.generate": generate, "zoo.chat": chat, "zoo.bench": bench, "zoo.checkpoint": inspection, "zoo.calibrate": calibrate}
+    mains = {
+        "zoo.eval": evaluation,
+        "zoo.generate": generate,
+        "zoo.chat": chat,
+        "zoo.bench": bench,
+        "zoo.checkpoint": inspection,
+        "zoo.calibrate": calibrate,
+    }
     main = mains[module].main
     assert cli.run(main, extra + argv) == 0
     out, err = capsys.readouterr()
@@ -91,7 +101,7 @@ def test_readme_tables_are_complete() -> None:
 
 def test_every_flag_is_somewhere_in_help(capsys: pytest.CaptureFixture[str]) -> None:
     """--help works for each command line and exits with 0."""
-    for main in (generate.main, chat.main, bench.main):
+    for main in (generate.main, chat.main, bench.main, evaluation.main):
         with pytest.raises(SystemExit) as e:
             main(["--help"])
         assert e.value.code == 0

@@ -24,14 +24,8 @@ class Parser(argparse.ArgumentParser):
 
 def parser(module: str, description: str) -> Parser:
     p = Parser(prog=f"python -m {module}", description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--model", default="smollm2-135m", help="a name from --list, a hub id, or a folder")
+    loading(p)
     p.add_argument("--attn", default="full", help="attention method, such as full, sliding:window=1024, subgen:budget=25%%")
-    p.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="the file's own unless given")
-    p.add_argument("--device", default="cpu")
-    p.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="torch.compile the decode step; auto: where it pays")
-    p.add_argument("--weights", metavar="FORMAT", help="int8: linear layers in another format than the file's (needs the extra `quant`)")
-    p.add_argument("--backend", default="auto", help=f"how attention is computed: {', '.join(NAMES)}")
-    p.add_argument("--threads", type=int, help="CPU threads; PyTorch's choice unless given")
     p.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
     p.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
     p.add_argument("--top-p", type=float, help="draw from the likeliest tokens that hold this probability")
@@ -41,6 +35,28 @@ def parser(module: str, description: str) -> Parser:
     p.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
     p.add_argument("--json", action="store_true", help="print the figures as one JSON object, the last line of standard output")
     return p
+
+
+def loading(p: argparse.ArgumentParser) -> None:
+    """The options that say which model runs, and how; its attention aside."""
+    p.add_argument("--model", default="smollm2-135m", help="a name from --list, a hub id, or a folder")
+    p.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="the file's own unless given")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--compile", default="auto", choices=["auto", "on", "off"], help="torch.compile the decode step; auto: where it pays")
+    p.add_argument("--weights", metavar="FORMAT", help="int8: linear layers in another format than the file's (needs the extra `quant`)")
+    p.add_argument("--backend", default="auto", help=f"how attention is computed: {', '.join(NAMES)}")
+    p.add_argument("--threads", type=int, help="CPU threads; PyTorch's choice unless given")
+
+
+def count(text: str) -> int:
+    """A number of tokens: `4k` is 4096, `7.5k` 7680."""
+    try:
+        number = int(float(text[:-1]) * 1024) if text[-1:] in ("k", "K") else int(text)
+    except (ValueError, OverflowError):
+        raise ZooError(f"a context of {text!r} tokens is no number; write 256 or 4k") from None
+    if number < 1:
+        raise ZooError(f"a context of {text} tokens is too short; at least 1")
+    return number
 
 
 def load(args: argparse.Namespace) -> LM:

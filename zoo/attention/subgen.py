@@ -29,7 +29,7 @@ A cluster carries the position of its newest token, and leaves a model's sliding
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -119,6 +119,9 @@ class SubGen(Budgeted):
 
 class SubGenCache(BudgetedCache):
     method: SubGen
+    # Told whenever slots are made: the layers' indices, positions of tokens and slots (A, G, N), the label of each, and the new slots'
+    # positions (A, G, M). What is in a cluster is not kept otherwise.
+    watch: Callable[[list[int], Tensor, Tensor, Tensor], None] | None = None
     basis: Tensor  # (B, G, D, F): the principal directions of un-rotated keys; nothing with when=prompt
 
     def __init__(self, method: SubGen, index: int, pages: Pages, rotary: Any, config: Any, batch: int, dtype: Any, device: Any) -> None:

@@ -104,6 +104,8 @@ class Maker:
             "middle": gathered(label, slots["middle"] * count, size) / n.clamp(min=1),
             "weight": gathered(label, slots["weight"], size),
         }
+        if self.layers[0].watch is not None:
+            self.layers[0].watch([layer.index for layer in self.layers], slots["pos"], label, new["pos"])
         own = torch.arange(N, device=label.device).expand(label.shape)
         head = torch.arange(label.shape[0] * G, device=label.device).view(-1, G, 1)
         member = (head * N + latest(label, own, size).clamp(min=0)).flatten()  # one of each cluster

@@ -30,20 +30,10 @@ import torch
 
 from zoo import cli
 from zoo.attention.backends import NAMES
+from zoo.cli import count
 from zoo.errors import ZooError
 
 TASKS = ("decode", "prefill", "load", "startup")
-
-
-def count(text: str) -> int:
-    """`4k` is 4096."""
-    try:
-        number = int(text[:-1]) * 1024 if text[-1:] in ("k", "K") else int(text)
-    except ValueError:
-        raise ZooError(f"a context of {text!r} tokens is no number; write 256 or 4k") from None
-    if number < 1:
-        raise ZooError(f"a context of {text} tokens is too short; at least 1")
-    return number
 
 
 def arguments(argv: list[str] | None) -> Any:
