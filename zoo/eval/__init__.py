@@ -1,0 +1,1 @@
+"""What a cache costs in quality, bytes and time."""
