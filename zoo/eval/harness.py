@@ -4,8 +4,8 @@
     python -m zoo.eval.harness --help
 
 lm_eval looks for models in its own registry only: it reads no entry points, and `--include_path` is for tasks. So this module registers
-`zoo` and then calls lm_eval's main; from Python, `import zoo.eval.harness` before `lm_eval.simple_evaluate(model="zoo", ...)` does the same.
-What is measured is said in zoo/eval/harness_lm.py. Needs the extra `harness`.
+`zoo` and then calls lm_eval's main; from Python, `import zoo.eval.harness` before `lm_eval.simple_evaluate(model="zoo", ...)` will do.
+zoo/eval/harness_lm.py says what is measured. Needs the extra `harness`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TARGET = "zoo.eval.harness_lm:ZooLM"
 def register() -> None:
     """Make lm_eval know the model `zoo`. Raises ZooError where lm_eval is not installed."""
     try:
-        import lm_eval.models  # lm_eval's own models, which it leaves out once its registry holds any other
+        import lm_eval.models  # noqa: F401  lm_eval's own, which it leaves out once its registry holds any other
         from lm_eval.api.registry import model_registry
     except ImportError as e:
         raise ZooError(f"lm_eval cannot be imported ({e}); install it with pip install -e '.[harness]'") from None

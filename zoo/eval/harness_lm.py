@@ -48,9 +48,9 @@ Row = tuple[list[int], list[tuple[int, list[int]]]]  # a context, and its contin
 
 class ZooLM(TemplateLM):
     """Model arguments: model, dtype, device, compile, backend, weights, threads as on zoo's command lines; attn, whose options may also
-    stand beside it (`attn=subgen,budget=25%,when=prompt`, since lm_eval splits at commas); batch_size, a number; max_length (tokens; the model's
-    context unless given); max_gen_toks; add_bos_token (as the tokenizer does unless given); prefix_token_id (what an empty context is).
-    Raises ZooError in one line for arguments that do not fit."""
+    stand beside it (`attn=subgen,budget=25%,when=prompt`, since lm_eval splits at commas); batch_size, a number; max_length (tokens; the
+    model's context unless given); max_gen_toks; add_bos_token (as the tokenizer does unless given); prefix_token_id (what an empty context
+    is). max_batch_size is taken, and not used. Raises ZooError in one line for arguments that do not fit."""
 
     def __init__(
         self,
@@ -74,6 +74,9 @@ class ZooLM(TemplateLM):
         method = parse(with_options(str(attn), options))
         self.batch_size = whole("batch_size", batch_size)
         cli.set_threads(None if threads is None else whole("threads", threads))
+        if device.startswith("cuda") and not torch.cuda.is_available():  # lm_eval's command line says cuda:0 where nobody said anything
+            log.warning("%s is not here: using the CPU", device)
+            device = "cpu"
         self.lm = zoo.load(str(model), method, dtype, device, compile, backend, weights)
         self.name, self.tokenizer, self._device = str(model), self.lm.tokenizer, self.lm.device
         self.max_length = whole("max_length", self.lm.config.max_position_embeddings if max_length is None else max_length)
@@ -104,9 +107,8 @@ class ZooLM(TemplateLM):
         if add_special_tokens is None and string.startswith(self.tokenizer.decode([self.prefix_token_id], skip_special=False)):
             add = False
         ids = self.tokenizer.encode(string, bos=add is not False, special=True)
-        if self.add_bos_token and add and ids[:1] != [self.tokenizer.bos_id]:
-            ids = [self.tokenizer.bos_id, *ids]
-        return ids
+        start = self.tokenizer.bos_id
+        return [start, *ids] if self.add_bos_token and add and start is not None and ids[:1] != [start] else ids
 
     @property
     def tokenizer_name(self) -> str:
