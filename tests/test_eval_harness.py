@@ -23,14 +23,14 @@ from zoo.errors import ZooError
 
 pytest.importorskip("lm_eval", reason="the extra `harness` is not installed")
 
-import lm_eval  # noqa: E402
-from lm_eval._cli import HarnessCLI  # noqa: E402
-from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.api.registry import get_model  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
+import lm_eval
+from lm_eval._cli import HarnessCLI
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+from lm_eval.tasks import TaskManager
 
-from zoo.eval import harness  # noqa: E402
-from zoo.eval.harness_lm import ZooLM  # noqa: E402
+from zoo.eval import harness
+from zoo.eval.harness_lm import ZooLM
 
 ROOT = Path(__file__).resolve().parents[1]
 CLOSE = 1e-3
@@ -195,9 +195,11 @@ METHODS = [
 
 
 def by_hand(lm: Any, context: list[int], new: list[int], share: int | None = None) -> tuple[float, bool]:
-    """A prompt, then one token after the other."""
+    """A prompt, then one token after the other, the context's last to begin with."""
     cache = lm.new_cache(1, prompt_tokens=share)
-    logits, total, greedy = lm.prefill(context, cache), 0.0, True
+    logits, total, greedy = lm.prefill(context[:-1] or context, cache), 0.0, True
+    if len(context) > 1:
+        logits = lm.decode_step(context[-1:], cache)
     for n, token in enumerate(new):
         total += float(logits[0].log_softmax(-1)[token])
         greedy &= int(logits[0].argmax()) == token
@@ -220,6 +222,7 @@ def test_a_score_is_of_the_cache_that_the_method_leaves(tiny: Path, attn: str, m
         assert [greedy for _, greedy in got] == [greedy for _, greedy in want]
     full = ZooLM(str(tiny)).loglikelihood(asked)
     assert abs(full[0][0] - want[0][0]) > 100 * CLOSE
+    assert abs(full[1][0] - want[1][0]) > 10 * CLOSE  # a continuation of one token
     assert abs(full[2][0] - want[2][0]) > 100 * CLOSE
     assert full[4][0] == pytest.approx(want[4][0], abs=CLOSE)  # nothing to drop
 

@@ -2,16 +2,16 @@
 
 What is measured. Every score goes through the method's cache, also with `full`:
 
-    loglikelihood           the context is read as a prompt and compressed at its end, as the method does it; the first token of the
-                            continuation is scored by the logits that the prompt gives, each further one after feeding the one before it
-                            to the compressed cache. Contexts that several continuations share are read once. A question that the task
-                            puts into the context is seen while compressing.
+    loglikelihood           the context but for its last token is read as a prompt and compressed at its end, as the method does it. Its
+                            last token and the continuation's are then fed to the compressed cache, so that also answers of one token are
+                            scored by what the method kept. Contexts that several continuations share are read once. A question that the
+                            task puts into the context is seen while compressing.
     loglikelihood_rolling   each window (of the model's context, but for one token without overlap) is fed behind its first token, so what
                             is compressed is compressed while scoring: a streaming perplexity. `%` budgets are a share of the window.
                             With when=prompt nothing is ever compressed there (a warning says so).
-    generate_until          prompt as above, then decoding.
+    generate_until          the whole context is the prompt, then decoding: as zoo.generate answers.
 
-A `%` budget is a share of each context. Texts become tokens as with lm_eval's HFLM: BOS where the tokenizer adds it unless the text begins
+A `%` budget is a share of each prompt. Texts become tokens as with lm_eval's HFLM: BOS where the tokenizer adds it unless the text begins
 with it, the names of special tokens are those tokens, a continuation is what the whole has beyond the context, too long contexts lose
 their beginning, and an empty context is BOS (or the end token). With `full` the numbers are HFLM's, up to rounding.
 """
@@ -175,10 +175,15 @@ class ZooLM(TemplateLM):
     @torch.no_grad()
     def read(self, batch: list[Row], rolling: bool) -> Iterator[tuple[int, Score]]:
         """Read the contexts, then score each continuation on a copy of the cache that they left."""
-        contexts = [context for context, _ in batch]
         longest = max(len(context) + len(new) for context, news in batch for _, new in news) - 1
         cache = self.lm.new_cache(len(batch), max_tokens=longest, prompt_tokens=longest + 1 if rolling else None)
-        logits = self.lm.prefill(padded(contexts, 0), cache, [len(context) for context in contexts])
+        prompts = [context[:-1] or context for context, _ in batch]
+        logits = self.lm.prefill(padded(prompts, 0), cache, [len(prompt) for prompt in prompts])
+        last = torch.tensor([[context[-1]] for context, _ in batch], device=logits.device)
+        more = torch.tensor([[len(context) > 1] for context, _ in batch], device=logits.device)
+        if more.any():
+            for piece, where in cache.split(last, torch.where(more, cache.positions(1), -1)):  # one piece
+                logits = torch.where(more, self.lm.model.logits(self.lm.model.hidden(piece, where, cache))[:, 0], logits)
         if len(batch) == 1:
             turns = list(chunks(batch[0][1], self.batch_size))
         else:
