@@ -215,7 +215,7 @@ def test_a_score_is_of_the_cache_that_the_method_leaves(tiny: Path, attn: str, m
     asked = requests("loglikelihood", [(context, CORPUS[600:760]), (context, " a"), (other, CORPUS[:300]), (context, " zoo"), ("x", " y")])
     model = ZooLM(str(tiny), attn)
     want = [by_hand(model.lm, *model._encode_pair(*request.args)) for request in asked]
-    for batch, chunk in ((1, 512), (2, 30), (3, 7)):
+    for batch, chunk in ((1, 512), (2, 30), (3, 7), (4, 512)):
         monkeypatch.setattr("zoo.eval.harness_lm.CHUNK", chunk)
         got = ZooLM(str(tiny), attn, batch_size=batch).loglikelihood(asked)
         assert [score for score, _ in got] == pytest.approx([score for score, _ in want], abs=CLOSE)
