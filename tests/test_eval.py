@@ -536,6 +536,7 @@ def test_a_folder_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
+        (["--threads", "2"], "made with threads = 1, not 2"),
         (["--seed", "1"], "made with seed = 0, not 1"),
         (["--samples", "3"], "made with samples = 2, not 3"),
         (["--lengths", "300,301"], "made with lengths = [300], not [300, 301]"),

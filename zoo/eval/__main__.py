@@ -203,12 +203,15 @@ def main(argv: list[str] | None = None) -> None:
     if argv[:1] in (["report"], ["show"]):
         importlib.import_module(f"zoo.eval.{argv[0]}").main(argv[1:])
         return
+    import torch
+
     from zoo.eval import run
     from zoo.eval.records import Records
     from zoo.eval.tasks import TASKS
 
     args = arguments(argv)
     lm = cli.load(argparse.Namespace(**{**vars(args), "attn": "full"}))
+    args.threads = torch.get_num_threads()  # another number rounds otherwise: such a run is not continued
     given = material(args, lm.tokenizer)
     tasks = {name if name != "data" else f"data:{args.data.stem}": TASKS[name]() for name in args.tasks}
     plan = run.Plan(tasks, args.attn, args.protocols, args.question, args.lengths, args.samples, args.seed)
