@@ -22,11 +22,11 @@ $(VENV)/dev.stamp: $(VENV)/test.stamp
 	touch $@
 
 demo: $(VENV)/demo.stamp
-	@echo "== the end of the prompt (docs/design.md and docs/demo.txt):"; tail -n 1 docs/demo.txt; echo
+	@echo "== the end of the prompt (LICENSE and docs/demo.txt):"; tail -n 1 docs/demo.txt; echo
 	@echo "== full attention: every key and value is kept"
-	@cat docs/design.md docs/demo.txt | $(RUN) -m zoo.generate --attn full --max-new-tokens 60 --repetition-penalty 1.15 -
+	@cat LICENSE docs/demo.txt | $(RUN) -m zoo.generate --attn full --max-new-tokens 60 --repetition-penalty 1.15 -
 	@echo "== subgen: old keys and values live on as clusters"
-	@cat docs/design.md docs/demo.txt | $(RUN) -m zoo.generate --attn subgen --max-new-tokens 60 --repetition-penalty 1.15 -
+	@cat LICENSE docs/demo.txt | $(RUN) -m zoo.generate --attn subgen --max-new-tokens 60 --repetition-penalty 1.15 -
 
 test: $(VENV)/test.stamp
 	$(RUN) -m pytest -n auto --dist worksteal

@@ -12,7 +12,6 @@ where the record is wrong; `--write` renews the record, and the table in kernels
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import contextlib
 import hashlib
@@ -206,13 +205,17 @@ def wrong(found: Sequence[tuple[Any, str, Used]]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m zoo.kernels.resources", description="What the Triton kernels take on four chips.")
+    from zoo.cli import Parser
+
+    p = Parser(prog="python -m zoo.kernels.resources", description="What the Triton kernels take on four chips.")
     p.add_argument("--chips", nargs="+", default=list(CHIPS), choices=list(CHIPS))
     p.add_argument("--processes", type=int, default=os.cpu_count(), help="that compile at a time")
     p.add_argument("--every", type=int, default=1, metavar="N", help="compile every N-th configuration only")
     p.add_argument("--write", action="store_true", help="renew the record, and the table in kernels/README.md")
     p.add_argument("--again", action="store_true", help="compile also what is on record")
     args = p.parse_args(argv)
+    if args.every < 1 or args.processes < 1:
+        p.error("--every and --processes must be at least 1")
     if args.write and (args.every > 1 or args.chips != list(CHIPS)):
         p.error("--write needs every configuration for all chips; leave out --every and --chips")
     os.environ.pop("TRITON_INTERPRET", None)  # nothing can be compiled under it

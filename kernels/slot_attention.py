@@ -185,8 +185,10 @@ MERGING = Options(2)
 
 
 def options(size: Blocks, dtype: torch.dtype, apart: bool) -> Options:
-    """Without a limit of registers ptxas spills a few bytes to fit more blocks in: of float32, and of a and b apart."""
-    return Options(size.warps, registers=255 if dtype == torch.float32 or apart else None)
+    """Without a limit of registers ptxas spills a few bytes to fit more blocks in: of float32, of a and b apart, of 32 rows of heads that
+    are padded to 128."""
+    many = dtype == torch.float32 or apart or (size.M == 32 and size.D == 128)
+    return Options(size.warps, registers=255 if many else None)
 
 
 def run(
