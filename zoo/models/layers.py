@@ -59,8 +59,9 @@ class Linear(nn.Linear):
 
     def has_kernel(self, x: Tensor) -> bool:
         """Whether the CPU kernels are made for such numbers; they have no gradient."""
-        made = x.dtype in (torch.bfloat16, torch.float32) and self.weight.dtype in (x.dtype, torch.int8)
-        return made and x.device.type == "cpu" and not (x.requires_grad or self.weight.requires_grad)
+        weight = self.weight  # a module's attributes are slow to look up
+        made = x.dtype in (torch.bfloat16, torch.float32) and weight.dtype in (x.dtype, torch.int8)
+        return made and x.device.type == "cpu" and not (x.requires_grad or weight.requires_grad)
 
     def row(self, x: Tensor) -> Tensor:
         """One row x (..., in) -> (out,), at least float32, without the bias."""
