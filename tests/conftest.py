@@ -65,8 +65,13 @@ NEOX: dict[str, Any] = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The long ones first, so that no process is left alone with them at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """The long ones first, so that no process is left alone with them at the end: `slow`, with its seconds where they are many."""
+
+    def seconds(item: pytest.Item) -> float:
+        marker = item.get_closest_marker("slow")
+        return 0 if marker is None else marker.args[0] if marker.args else 10
+
+    items.sort(key=seconds, reverse=True)
 
 
 def llama_shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:

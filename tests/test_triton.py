@@ -25,7 +25,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 HERE = Path(__file__).parent
 
 
-@pytest.mark.slow
+@pytest.mark.slow(100)
 @pytest.mark.parametrize("file", sorted(path.name for path in (HERE / "interpreter").glob("test_*.py")))
 def test_interpreter(file: str) -> None:
     """tests/interpreter/, which says itself what failed."""
@@ -55,12 +55,12 @@ def test_every_binary_is_on_record() -> None:
     assert resources.shown(found, list(resources.CHIPS)) in readme
 
 
-@pytest.mark.slow
+@pytest.mark.slow(60)
 def test_binaries() -> None:
-    """Every eighth configuration, compiled again, takes what the record says. Where the record is of another Triton, all of them."""
+    """Every sixteenth configuration, compiled again, takes what the record says. Where the record is of another Triton, all of them."""
     from zoo.kernels.resources import recorded
 
-    some = ["--again", "--every", "8"] if recorded() else []
+    some = ["--again", "--every", "16"] if recorded() else []
     command = [sys.executable, "-m", "zoo.kernels.resources", *some]
     done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
