@@ -25,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,6 @@ def build(folder: Path) -> Path:
         raise OSError(f"no C++ compiler {compiler[0]!r}: install g++, or let CXX name one" if compiler else "CXX is empty")
     if sys.platform != "linux":
         raise OSError(f"they are built on Linux only, not on {sys.platform}")
-    root = Path(torch.__file__).parent
     about = [*(path.read_text() for path in sources()), torch.__version__, processor(), *compiler, *FLAGS]
     library = folder / f"cpu-{hashlib.sha256(chr(0).join(about).encode()).hexdigest()[:16]}.so"
     if library.exists():
@@ -88,13 +88,25 @@ def build(folder: Path) -> Path:
         if library.exists():
             return library
         with tempfile.TemporaryDirectory(dir=folder) as name, ThreadPoolExecutor() as pool:
-            run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
-            objects = [f"{name}/{path.stem}.o" for path in SOURCES]
-            each = [[*compiler, *FLAGS, f"-I{root / 'include'}", "-c", str(f), "-o", o] for f, o in zip(SOURCES, objects, strict=True)]
-            list(pool.map(run, each))
-            run([*compiler, *FLAGS, "-shared", *objects, "-o", f"{name}/cpu.so", f"-L{root / 'lib'}", "-ltorch_cpu", "-ltorch"])
+            objects = [Path(name, f"{path.stem}.o") for path in SOURCES]
+            list(pool.map(compile, SOURCES, objects))
+            link(objects, Path(name, "cpu.so"))
             os.replace(f"{name}/cpu.so", library)
     return library
+
+
+def compile(source: Path, to: Path, *more: str) -> None:
+    """One file of C++ into an object. more: further options of the compiler."""
+    call("-c", str(source), "-o", str(to), f"-I{Path(torch.__file__).parent / 'include'}", *more)
+
+
+def link(objects: Sequence[Path], to: Path) -> None:
+    call("-shared", *map(str, objects), "-o", str(to), f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-ltorch")
+
+
+def call(*arguments: str) -> None:
+    command = [*shlex.split(os.environ.get("CXX", "g++")), *FLAGS, *arguments]
+    subprocess.run(command, check=True, capture_output=True, text=True)
 
 
 def sources() -> list[Path]:

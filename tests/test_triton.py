@@ -92,10 +92,13 @@ def test_what_is_wrong_with_a_binary_is_said() -> None:
     from zoo.kernels import resources
     from zoo.kernels.resources import CHIPS, Used, occupancy, wrong
 
-    c = resources.configurations()[0]
+    known = resources.configurations()[0]
+    c = replace(known, constexprs=dict(known.constexprs) | {"D": 48})  # not on record
     assert wrong([(c, "sm_80", Used(255, 0, 163 * 1024)), (c, "gfx942", Used(512, 0, 65536))]) == []
     assert "8 bytes of spills" in wrong([(c, "sm_90", Used(255, 8, 0))])[0]
     assert "65537 bytes of shared memory" in wrong([(c, "gfx942", Used(10, 0, 65537))])[0]
+    if resources.recorded():
+        assert "on record as" in wrong([(known, "sm_90", Used(255, 0, 0))])[0]
     # By hand: 168 registers let 3 warps into each of four schedulers, three blocks of 4 warps out of 64; 100 KiB let two blocks in.
     assert occupancy(Used(168, 0, 0), 4, CHIPS["sm_80"]) == 12 / 64
     assert occupancy(Used(32, 0, 100 * 1024), 4, CHIPS["sm_90"]) == 8 / 64
