@@ -30,6 +30,15 @@ def picture(folder: Path, attn: str, tokens: int = TOKENS) -> tuple[show.Picture
     return show.look(lm, ids, QUERIES), lm
 
 
+def close(got: torch.Tensor, want: torch.Tensor, most: float, share: float, least: float) -> None:
+    """Probabilities: no error above `most`, and none above that share of a small one (`least` aside); some of them are large."""
+    error = (got - want).abs()
+    assert got.shape == want.shape
+    assert error.max() <= most
+    assert (error <= share * want + least).all()
+    assert want.max() > 0.5
+
+
 def prompt_cache(lm: Any, tokens: int = TOKENS) -> Any:
     """The cache as it is at the prompt's end."""
     cache = lm.new_cache(max_tokens=tokens - QUERIES)
@@ -81,12 +90,12 @@ def test_weights_of_a_sample(tiny: Path) -> None:
     """`uniform`: what is kept of the sample stands for the whole."""
     shown, _ = picture(tiny, "uniform:budget=128")
     assert float(shown.weight.max()) > 2
-    torch.testing.assert_close(shown.weight.sum(-1), torch.full((3, 2), float(TOKENS - QUERIES)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(shown.weight.sum(-1), torch.full((3, 2), float(TOKENS - QUERIES)), rtol=0, atol=1e-3)
 
 
 def test_full_gives_exact_attention(tiny: Path) -> None:
     shown, _ = picture(tiny, "full")
-    torch.testing.assert_close(shown.given, shown.exact, rtol=1e-4, atol=1e-8)
+    close(shown.given, shown.exact, most=2e-7, share=1e-4, least=1e-8)
     assert float(shown.error.max()) < 1e-5
     assert shown.used == shown.full
     assert torch.equal(shown.home, torch.arange(TOKENS - QUERIES).expand_as(shown.home))
@@ -104,10 +113,11 @@ def test_exact_attention_is_that_of_the_model(tiny: Path) -> None:
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     lm.model.hidden(torch.tensor([ids]), None, [Watched()] * 3)
+    assert len(seen) == 3
     for layer, (q, k) in enumerate(seen):
         score = q[0, :, -QUERIES:] @ k[0].repeat_interleave(2, 0).mT / q.shape[-1] ** 0.5
         late = torch.arange(TOKENS) > torch.arange(TOKENS - QUERIES, TOKENS)[:, None]
-        torch.testing.assert_close(shown.exact[layer], score.masked_fill(late, -torch.inf).softmax(-1), rtol=2e-3, atol=2e-6)
+        close(shown.exact[layer], score.masked_fill(late, -torch.inf).softmax(-1), most=1e-5, share=2e-3, least=2e-6)
     torch.testing.assert_close(shown.given.sum(-1), torch.ones(3, 4, QUERIES))
     assert float(shown.error.min()) > 1e-4
 

@@ -99,6 +99,8 @@ def test_counts_against_plain_loops() -> None:
     x = torch.randn(90, 3, generator=g)
     d, delta = draw.distances(x), 0.8
     torch.testing.assert_close(d, torch.cdist(x.double(), x.double()).float(), rtol=0, atol=1e-3)
+    assert d.shape == (90, 90)
+    assert d.max() > 1
     leads, found = [], []
     for i in range(len(x)):
         if all(math.dist(x[i].tolist(), x[j].tolist()) > delta for j in leads):
@@ -165,7 +167,7 @@ def test_both_sides_of_the_rotary_embedding(tiny: Path) -> None:
     lm.model(torch.tensor([ids]), cache)
     held = cache[1].slots()
     assert run.k[1].shape[1] == len(ids)
-    assert run.k[1].std() > 0.1
+    assert min(run.k[1].std(), run.v[1].std()) > 0.1
     torch.testing.assert_close(run.k[1], held.k[0][:, held.pos[0, 0] >= 0], rtol=0, atol=1e-5)
     torch.testing.assert_close(run.v[1], held.v[0][:, held.pos[0, 0] >= 0], rtol=0, atol=1e-5)
     assert [x.shape[1] for x in run.q] == [4, 4]

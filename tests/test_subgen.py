@@ -246,6 +246,7 @@ def test_several_layers_at_once_are_as_each_alone(lm: LM, ids: Tensor, monkeypat
         assert torch.equal(x.pos, y.pos)
         assert (x.pos >= 0).sum() > 500
         for name in ("k", "v", "a", "weight", "middle"):
+            assert getattr(x, name)[x.pos >= 0].abs().max() > 0.1, name
             torch.testing.assert_close(getattr(x, name)[x.pos >= 0], getattr(y, name)[x.pos >= 0], rtol=0, atol=1e-4)
 
 
@@ -330,6 +331,8 @@ def test_a_summary_of_several_turns_is_that_of_all_queries(lm: LM) -> None:
     assert two.count.tolist() == [20]
     two.summarize(torch.tensor([True]))
     assert two.known.tolist() == one.known.tolist() == [80]
+    assert one.mean.abs().max() > 0.1
+    assert one.factor.abs().max() > 0.1
     torch.testing.assert_close(one.mean, two.mean, rtol=0, atol=1e-5)
     torch.testing.assert_close(one.factor @ one.factor.mT, two.factor @ two.factor.mT, rtol=0, atol=1e-3)
     many = learned(turns[0].repeat(1, 1, 100, 1), 2, rotary)

@@ -14,6 +14,7 @@ import io
 import re
 import zlib
 from collections.abc import Callable, Sequence
+from html import escape
 from typing import Any
 
 from matplotlib import rc_context
@@ -88,7 +89,7 @@ def svg(figure: Figure, title: str) -> str:
     text = re.sub(r"<[^>]*>", lambda m: re.sub(r"(\d\.\d)\d+", r"\1", m[0]), text)
     text = re.sub(r"\s*\n\s*", " ", text).replace("> <", "><")
     text = re.sub(r"#0000(0[1-9a])", lambda m: f"var(--c{int(m[1], 16) % COLOURS})", text).replace(INK, "currentColor")
-    head = f'<svg role="img" aria-label="{escaped(title)}" style="width: {1.35 * float(width[1]):.0f}px"'
+    head = f'<svg role="img" aria-label="{escape(title)}" style="width: {1.35 * float(width[1]):.0f}px"'
     return text.replace("<svg", head, 1)
 
 
@@ -98,18 +99,8 @@ def alone(text: str, theme: str) -> str:
     return re.sub(r"(<svg[^>]*>)", rf"\g<1>{style}", text, count=1)
 
 
-def escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-
-
 def panels(
-    titles: Sequence[str],
-    each: Callable[[Any, int], None],
-    names: Sequence[str],
-    used: Sequence[str],
-    title: str,
-    xlabel: str,
-    ylabel: str,
+    titles: Sequence[str], each: Callable[[Any, int], None], names: Sequence[str], used: Sequence[str], title: str, xlabel: str, ylabel: str
 ) -> str:
     """Plots side by side, at most four in a row, with one legend of the names used: each(axes, i) draws the i-th."""
     with rc_context(STYLE):
