@@ -5,15 +5,10 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Callable, Iterator, Sequence
-from importlib import resources
 from typing import Any
 
-from zoo.eval import plots
+from zoo.eval import pages, plots
 from zoo.eval.report import LEGEND, Cell, Part, Table, about, main_score, place_name, places, table
-
-
-def template(name: str) -> str:
-    return resources.files("zoo.eval").joinpath(name).read_text(encoding="utf-8")
 
 
 def page(parts: Sequence[Part], baseline: str | None) -> tuple[str, dict[str, str]]:
@@ -28,10 +23,9 @@ def page(parts: Sequence[Part], baseline: str | None) -> tuple[str, dict[str, st
         body += [f'<h3 id="plots{i}">Plots</h3>', *drawn(part, pictures, str(i + 1) if i else ""), f'<h3 id="tables{i}">Tables</h3>']
         body += [tabular(table(place, cells, baseline), f"table{i}-{n}") for n, (place, cells) in enumerate(places(part.cells).items())]
         body.append("</section>")
-    whole = template("report.html")
-    theme = re.search(r":root \{.*?\}\n@media .*?\} \}", whole, re.DOTALL)
-    assert theme is not None
-    alone = {name: plots.alone(svg, theme[0]) for name, svg in pictures.items()}
+    whole = pages.page("report.html")
+    themes = re.findall(r":root \{.*?\}\n@media .*?\} \}", whole, re.DOTALL)  # what pages have in common, and the colours of series
+    alone = {name: plots.alone(svg, "\n".join(themes)) for name, svg in pictures.items()}
     return whole.replace("{{body}}", "\n".join([*body, "</main>"])), alone
 
 

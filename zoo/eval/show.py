@@ -21,7 +21,6 @@ import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +33,7 @@ from zoo.attention.full import Full
 from zoo.attention.slots import Slots, slot_attention, slot_scores
 from zoo.attention.subgen import SubGenCache
 from zoo.errors import ZooError
-from zoo.eval import records
+from zoo.eval import pages, records
 
 if TYPE_CHECKING:
     from zoo.attention.cache import Cache, Caches
@@ -198,7 +197,7 @@ def page(picture: Picture, about: dict[str, Any]) -> str:
         "error": packed((1e4 * p.error).round().clamp(max=65535).to(torch.uint16)),
     }
     text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")  # no text may end the script that holds it
-    return resources.files("zoo.eval").joinpath("show.html").read_text(encoding="utf-8").replace("{{data}}", text)
+    return pages.page("show.html", scripts=True).replace("{{data}}", text)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
