@@ -39,6 +39,7 @@ BUDGETED = [
     "tova",
     "l2norm",
     "keydiff",
+    "balancekv",
 ]
 WHEN = ["prompt", "decode", "stream"]
 VARIANTS = {  # options that change what happens to tokens: in some of the modes, on one family
