@@ -22,17 +22,19 @@ heads and blocks side by side; only the n steps of a walk are one after the othe
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from zoo import random
 from zoo.attention.balance_walk import halve, kernel, walk
-from zoo.attention.budgeted import Budgeted, BudgetedCaches
+from zoo.attention.balancekv_tree import TreeCache, TreeCaches
+from zoo.attention.budgeted import Budgeted, BudgetedCaches, names
 from zoo.attention.cache import Caches
 from zoo.attention.clustering import row
 from zoo.attention.slots import PAGE
@@ -40,13 +42,17 @@ from zoo.attention.store import Pages
 from zoo.attention.tail import BudgetedCache, Make
 
 AT_ONCE = 2**14  # tokens and slots of all heads that are worked on together
+MODES = ("halve", "tree")
+HALVING = ("budget", "sinks", "window", "walk", "gamma", "temp", "beta")  # options of one mode only
+TREE = ("batch", "c", "delta")
 PLUS = 0.025 + 1e-8  # keys alone count a little, for the denominator
 
 
 @dataclass(frozen=True)
 class BalanceKV(Budgeted):
     """Halving by balanced walks between first and recent tokens. when=prompt unless given. sinks, window: first and last tokens that stay.
-    walk: tokens of a block. gamma: how firmly a walk is balanced; 0 = random signs. temp, beta: of the kernel."""
+    walk: tokens of a block. gamma: how firmly a walk is balanced; 0 = random signs. temp, beta: of the kernel. mode: halve or tree.
+    In trees: batch, tokens of a walk; c, the smaller the firmer it is balanced, 0 = by the theorem, which fails with probability delta."""
 
     when: str = "prompt"
     sinks: int = 32
@@ -56,9 +62,14 @@ class BalanceKV(Budgeted):
     temp: float = 1.0
     beta: float = 0.0
     seed: int = 0
+    mode: str = "halve"
+    batch: int = 128
+    c: float = 0.02
+    delta: float = 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check(self.mode in MODES, "mode", names(MODES))
         self.check(0 <= self.sinks <= 2**31, "sinks", f"between 0 and {2**31}")
         self.check(0 <= self.window <= 2**31, "window", f"between 0 and {2**31}")
         self.check(2 <= self.walk <= 1024 and self.walk % 2 == 0, "walk", "even, between 2 and 1024")
@@ -66,12 +77,34 @@ class BalanceKV(Budgeted):
         self.check(0 <= self.temp <= 1e3, "temp", "between 0 and 1000")
         self.check(-1e3 <= self.beta <= 1e3, "beta", "between -1000 and 1000")
         self.check(-(2**63) <= self.seed < 2**63, "seed", "between -2**63 and 2**63 - 1")
+        self.check(2 <= self.batch <= 4096, "batch", "between 2 and 4096")
+        self.check(0 <= self.c <= 1e6, "c", "between 0 and 1e6; 0 = by the theorem")
+        self.check(0 < self.delta < 1, "delta", "between 0 and 1")
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        other = HALVING if self.mode == "tree" else TREE
+        for name in other:
+            self.check(getattr(self, name) == defaults[name], name, f"left out where mode={self.mode}")
+        if self.mode == "tree":
+            self.check(self.when in (defaults["when"], "stream"), "when", "left out, or stream, where mode=tree")
+            object.__setattr__(self, "when", "stream")  # there is no other
+            object.__setattr__(self, "exact_when", "tokens < batch")
+
+    def __str__(self) -> str:
+        return super().__str__().replace(f"budget={self.budget},", "") if self.mode == "tree" else super().__str__()
 
     def recent(self, budget: int) -> int:
         return min(self.window, (budget - (0 if self.when == "prompt" else self.block)) // 4)
 
     def layer(self, index: int, pages: Pages, rotary: Any, config: Any, batch: int, dtype: torch.dtype, device: Any) -> BudgetedCache:
         return BalanceKVCache(self, index, pages, rotary, config, batch, dtype, device)
+
+    def caches(
+        self, config: Any, rotary: Any, batch: int, max_tokens: int | None, prompt_tokens: int | None, dtype: torch.dtype, device: Any
+    ) -> Caches:
+        if self.mode == "halve":
+            return super().caches(config, rotary, batch, max_tokens, prompt_tokens, dtype, device)
+        layers = [TreeCache(self, i, config, batch, dtype, device) for i in range(config.num_hidden_layers)]
+        return TreeCaches(self, layers, batch, device)
 
     def gather(self, caches: Sequence[BudgetedCache], config: Any, batch: int, prompt_tokens: int | None, device: Any) -> Caches:
         return BalanceKVCaches(self, caches, batch, prompt_tokens, device)
@@ -107,7 +140,7 @@ class Halving:
         return {name: t.gather(2, first) if t.dim() == 3 else row(t, first) for name, t in slots.items()}
 
     def halve(self, slots: dict[str, Tensor], order: Tensor, tokens: Tensor, level: Tensor) -> None:
-        """Keep one of two of the first `tokens` (A, G), an even number, of `order` (A, G, N), in place. level (A, G, N): halvings before."""
+        """Keep one of two of the first `tokens` (A, G), even, of `order` (A, G, N), in place. level (A, G, N): halvings so far."""
         m, (A, G, _) = self.method, order.shape
         n = min(m.walk, int(tokens.max()))
         at = order[:, :, : -(-int(tokens.max()) // n) * n]
