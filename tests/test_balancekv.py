@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -177,7 +178,7 @@ def test_a_prompt_is_compressed_as_published() -> None:
 
 @pytest.mark.parametrize(("budget", "n"), [(300, 1000), (200, 331), (128, 2000), (64, 700), (1000, 1013)])
 def test_a_budget_between_powers_of_two_is_filled(budget: int, n: int) -> None:
-    """The room is used to the last slot; in the last round the oldest are halved once more than the others; weights add up to the tokens."""
+    """The room is used to the last slot; in the last round the oldest are halved once more than others; weights add up to the tokens."""
     k, v, _ = clustered(n)
     method = BalanceKV(budget=zoo.attention.Budget(budget))
     s = stream(str(method), heads(k, 3), heads(v, 3))[0].slots()
@@ -289,7 +290,7 @@ def statistics(attn: str, draws: int = 1500) -> Tensor:
 
 @pytest.mark.parametrize("c", [0, 0.02])
 def test_level_weights_are_unbiased(c: float) -> None:
-    """The means of z and tau are those of all tokens, of the theorem's walk and of a firm one: 28 statistics below 4, through levels 1 to 4."""
+    """The means of z and tau are those of all tokens, by the theorem's walk and by a firm one: 28 statistics below 4, levels 1 to 3."""
     attn = f"balancekv:mode=tree,batch=32,c={c}"
     assert statistics(attn).max() < 4
     k, v, _ = spread(320)
@@ -381,7 +382,7 @@ def test_the_trees_memory_grows_like_log_n() -> None:
         caches = stream("balancekv:mode=tree,batch=64", k[:, :, :n], v[:, :, :n])
         held.append(float((caches[0].keys.pos >= 0).sum(-1).float().mean()))  # type: ignore[union-attr]
         allocated.append(caches.nbytes().allocated)
-    steps = [y - x for x, y in zip(held, held[1:], strict=False)]
+    steps = [y - x for x, y in itertools.pairwise(held)]
     assert all(20 < step < 140 for step in steps)
     assert held[-1] < 64 * math.log2(16384 / 64) + 64
     assert allocated[-1] < 3 * allocated[0]

@@ -43,7 +43,8 @@ from zoo.attention.tail import BudgetedCache, Make
 
 AT_ONCE = 2**14  # tokens and slots of all heads that are worked on together
 MODES = ("halve", "tree")
-HALVING = ("budget", "sinks", "window", "walk", "gamma", "temp", "beta")  # options of one mode only
+WEIGHTS = ("values", "both")
+HALVING = ("budget", "sinks", "window", "walk", "gamma", "temp", "beta", "weights")  # options of one mode only
 TREE = ("batch", "c", "delta")
 PLUS = 0.025 + 1e-8  # keys alone count a little, for the denominator
 
@@ -61,6 +62,7 @@ class BalanceKV(Budgeted):
     gamma: float = 4.0
     temp: float = 1.0
     beta: float = 0.0
+    weights: str = "values"
     seed: int = 0
     mode: str = "halve"
     batch: int = 128
@@ -70,6 +72,7 @@ class BalanceKV(Budgeted):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check(self.mode in MODES, "mode", names(MODES))
+        self.check(self.weights in WEIGHTS, "weights", names(WEIGHTS))
         self.check(0 <= self.sinks <= 2**31, "sinks", f"between 0 and {2**31}")
         self.check(0 <= self.window <= 2**31, "window", f"between 0 and {2**31}")
         self.check(2 <= self.walk <= 1024 and self.walk % 2 == 0, "walk", "even, between 2 and 1024")
@@ -95,6 +98,10 @@ class BalanceKV(Budgeted):
     def recent(self, budget: int) -> int:
         return min(self.window, (budget - (0 if self.when == "prompt" else self.block)) // 4)
 
+    def fields(self, config: Any, dtype: torch.dtype) -> dict[str, tuple[int, torch.dtype]]:
+        level = {"level": (0, torch.uint8)} if self.weights == "both" else {}  # else a says it
+        return super().fields(config, dtype) | level
+
     def layer(self, index: int, pages: Pages, rotary: Any, config: Any, batch: int, dtype: torch.dtype, device: Any) -> BudgetedCache:
         return BalanceKVCache(self, index, pages, rotary, config, batch, dtype, device)
 
@@ -114,6 +121,10 @@ class BalanceKVCache(BudgetedCache):
     method: BalanceKV
 
     @classmethod
+    def fresh(cls, layers: Sequence[BalanceKVCache], tail: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"level": torch.zeros_like(tail["a"])} if "level" in layers[0].pages.fields else {}
+
+    @classmethod
     def maker(cls, layers: Sequence[BalanceKVCache]) -> Make:
         return Halving(layers).compress
 
@@ -131,7 +142,8 @@ class Halving:
         sinks = torch.minimum(room // 2, torch.full_like(room, self.method.sinks))[..., None]
         while bool((excess := (slots["pos"] >= 0).sum(-1) - room).gt(0).any()):
             free = (slots["pos"] >= 0) & (pos >= sinks)
-            level = torch.where(free, (slots["a"] / math.log(2)).round().long(), 64)
+            level = slots["level"] if "level" in slots else slots["a"] / math.log(2)
+            level = torch.where(free, level.round().long(), 64)
             least = (level == level.amin(-1, keepdim=True)) & free
             pairs = torch.minimum((least.sum(-1) // 2).clamp(min=1), excess.clamp(min=0))  # a single one at its level takes one of the next
             order = torch.where(free, level << 40 | pos, 2**62).argsort(-1)
@@ -151,12 +163,16 @@ class Halving:
         was = level.gather(2, at)
         u = random.uniform(m.seed, layer, torch.arange(G, device=at.device)[:, None], slots["pos"].gather(2, at).long(), was)
         k, v, a = row(slots["k"], at), row(slots["v"], at), slots["a"].gather(2, at)
-        weighted = v.float() * torch.where(valid, was, 0).exp2()[..., None]
+        weighted = v.float() * torch.where(valid, a, 0).exp()[..., None]
         inside = valid.view(in_blocks)
         K = kernel(k.view(*in_blocks, -1), weighted.view(*in_blocks, -1), inside, m.temp, m.beta, PLUS)
         stays, w = (x.flatten(2) for x in halve(walk(K, u.view(in_blocks), m.gamma), inside))
         index, where = at.masked_fill(~valid, slots["pos"].shape[2]), slots["pos"].gather(2, at)
-        new = {"pos": torch.where(stays, where, -1), "a": a + math.log(2), "v": v * (w / 2).to(v.dtype)[..., None]}
+        new = {"pos": torch.where(stays, where, -1)}
+        if m.weights == "both":
+            new |= {"a": a + w.log(), "level": was + 1}
+        else:
+            new |= {"a": a + math.log(2), "v": v * (w / 2).to(v.dtype)[..., None]}
         for name, t in new.items():
             # One row more, for what is not valid to be written to.
             wide = torch.nn.functional.pad(slots[name], (0, 0) * (t.dim() - 3) + (0, 1))

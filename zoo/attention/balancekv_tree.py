@@ -36,30 +36,30 @@ from zoo.attention.backends import parts
 from zoo.attention.balance_walk import kernel, walk
 from zoo.attention.cache import BLOCK, Cache, Caches, round_up
 from zoo.attention.slots import Parts, Slots, finish, merge
-from zoo.attention.store import SlotStore
+from zoo.attention.store import SlotStore, buffers
 from zoo.attention.subgen_paper import Fixed
 
 if TYPE_CHECKING:
     from zoo.attention.balancekv import BalanceKV
 
-KEYS = -1000  # the denominator's tree, among buckets of the numerator, which are exponents
-
 
 class Trees(SlotStore):
-    """The slots of one layer's trees, S rows a head, those that hold something first, oldest first. `a` is l log 2."""
+    """The slots of one layer's trees, S rows a head, those that hold something first, oldest first. `a` is l log 2. The denominator's has
+    no values: v is None."""
 
-    def tree(self, numerator: bool) -> Tensor:
+    def tree(self) -> Tensor:
         """(B, G, S) int64: which tree a slot is of."""
-        return exponent(self.v) if numerator else torch.full(self.pos.shape, KEYS, device=self.pos.device)
+        return torch.zeros_like(self.pos, dtype=torch.int64) if self.v is None else exponent(self.v)
+
+    def read(self, window: int | None = None) -> Slots:
+        return Slots(self.k, self.k[..., :0] if self.v is None else self.v, self.pos, self.a, window=window)
 
     def join(self, k: Tensor, v: Tensor, pos: Tensor) -> None:
         """Append tokens k, v (B, G, N, D) at pos (B, G, N), -1 = none, at level 0."""
-        some = {"k": torch.cat((self.k, k), 2), "v": torch.cat((self.v, v), 2), "pos": torch.cat((self.pos, pos.to(torch.int32)), 2)}
-        assert self.a is not None
-        some["a"] = torch.cat((self.a, self.a.new_zeros(pos.shape)), 2)
-        self.lay(some, 0)
+        new = {"k": k, "v": v, "pos": pos.to(torch.int32), "a": torch.zeros(pos.shape, device=pos.device)}
+        self.lay({name: torch.cat((t, new[name]), 2) for name, t in buffers(self).items()})
 
-    def lay(self, some: dict[str, Tensor], rows: int) -> None:
+    def lay(self, some: dict[str, Tensor], rows: int = 0) -> None:
         """Hold these slots and nothing else, in at least `rows` rows."""
         alive = some["pos"] >= 0
         order = torch.where(alive, some["pos"].long(), 2**62).argsort(-1)
@@ -70,10 +70,6 @@ class Trees(SlotStore):
             wide = new.new_full((*new.shape[:2], rows, *new.shape[3:]), -1 if name == "pos" else 0)
             wide[:, :, : new.shape[2]] = new
             setattr(self, name, wide)
-
-    def held(self) -> dict[str, Tensor]:
-        assert self.a is not None
-        return {"k": self.k, "v": self.v, "pos": self.pos, "a": self.a}
 
 
 def exponent(v: Tensor) -> Tensor:
@@ -90,7 +86,7 @@ class TreeCache(Cache):
         heads, size = config.num_key_value_heads, config.head_dim
         self.store = Fixed(batch, heads, 1 + BLOCK, size, dtype, device, shared=True)
         self.keys, self.values = (Trees(batch, heads, BLOCK, size, dtype, device, shared=False) for _ in range(2))
-        self.keys.v = self.keys.v[..., :0].clone()
+        self.keys.register_buffer("v", None)
 
     def row(self, pos: Tensor) -> Tensor:
         return 1 + pos % BLOCK  # row 0 is for padding
@@ -108,21 +104,21 @@ class TreeCache(Cache):
         """Take the pending tokens of the sequences that `due` (B,) names into the trees, and empty their ring."""
         k, v = self.store.k[:, :, 1:], self.store.v[:, :, 1:]
         pos = torch.where(due[:, None], self.store.pos[:, 0, 1:], -1)[:, None].expand(k.shape[:3])
-        for tree, some, value in ((self.keys, pos, v[..., :0]), (self.values, pos.where(v.any(-1), -1), v)):
+        for tree, some in ((self.keys, pos), (self.values, pos.where(v.any(-1), -1))):
             if self.window is not None:
                 tree.free(tree.pos <= (seen - self.window)[:, None, None])
-            tree.join(k, value, some)
+            tree.join(k, v, some)
             while self.reduce(tree):
                 pass
-            tree.lay(tree.held(), 0)
+            tree.lay(buffers(tree))
         self.store.free(due[:, None, None])
 
     def reduce(self, tree: Trees) -> bool:
         """Walk the oldest t slots of each tree and level that has as many. False: there are none."""
-        m, t, numerator = self.method, self.method.batch, tree is self.values
+        m, t = self.method, self.method.batch
         assert tree.a is not None
         level = (tree.a / math.log(2)).round().long()
-        name = torch.where(tree.pos >= 0, tree.tree(numerator) * 64 + level, 2**40)  # of a tree and level
+        name = torch.where(tree.pos >= 0, tree.tree() * 64 + level, 2**40)  # of a tree and level
         order = name.argsort(dim=-1, stable=True)  # oldest first, as the rows are
         name = name.gather(2, order)
         # The t slots of one name begin where the name does.
@@ -137,12 +133,12 @@ class TreeCache(Cache):
             return False
         at = order[b[:, None], g[:, None], first[:, None] + torch.arange(t, device=b.device)]  # (M, t)
         b, g = b[:, None], g[:, None]
-        k, v = tree.k[b, g, at], tree.v[b, g, at] if numerator else None
+        k, v = tree.k[b, g, at], None if tree.v is None else tree.v[b, g, at]
         G = kernel(k, v, torch.ones_like(at, dtype=torch.bool), centred=m.c > 0)
         c = m.c or 30 * math.log(t / m.delta)
         R2 = G.diagonal(dim1=-2, dim2=-1).amax(-1)
         u = random.uniform(
-            m.seed, torch.full_like(b, self.index), g, tree.pos[b, g, at].long(), level[b, g, at], torch.full_like(b, numerator)
+            m.seed, torch.full_like(b, self.index), g, tree.pos[b, g, at].long(), level[b, g, at], torch.full_like(b, int(v is not None))
         )
         stays = walk(G, u, 1 / (2 * c * R2.clamp(min=1e-30))) > 0
         tree.pos[b, g, at] = torch.where(stays, tree.pos[b, g, at], -1)
@@ -189,4 +185,4 @@ class TreeCaches(Caches):
                 rows = max(tree.rows for tree in trees)
                 for tree in trees:
                     if tree.rows < rows:
-                        tree.lay(tree.held(), rows)
+                        tree.lay(buffers(tree), rows)
