@@ -61,14 +61,19 @@ def heads(x: Tensor, G: int) -> Tensor:
     return x.expand(1, G, *x.shape)
 
 
+def sets(n: int, G: int) -> tuple[Tensor, Tensor, Tensor]:
+    """k, v (1, G, n, D) and q (1, G, 32, D): other keys, values and queries in each head."""
+    k, v, q = (torch.stack(x)[None] for x in zip(*(clustered(n, seed=seed) for seed in range(G)), strict=True))
+    return k, v, q
+
+
 def errors(attn: str, n: int, G: int) -> Tensor:
-    """(G,): the relative error of the outputs of 32 queries in each of G draws."""
-    k, v, q = clustered(n)
-    s = stream(attn, heads(k, G), heads(v, G))[0].slots()
-    out = slot_attention(heads(q, G), torch.full((1, 32), n), s)
+    """(G,): the relative error of attention's outputs in each of G sets of tokens and queries."""
+    k, v, q = sets(n, G)
+    out = slot_attention(q, torch.full((1, 32), n), stream(attn, k, v)[0].slots())
     assert isinstance(out, Tensor)
-    true = (q @ k.T / k.shape[1] ** 0.5).softmax(-1) @ v
-    return ((out[0] - true).norm(dim=-1) / true.norm(dim=-1)).mean(-1)
+    true = (q @ k.mT / k.shape[3] ** 0.5).softmax(-1) @ v
+    return ((out - true).norm(dim=-1) / true.norm(dim=-1))[0].mean(-1)
 
 
 # The walk
@@ -178,7 +183,7 @@ def test_a_prompt_is_compressed_as_published() -> None:
 
 @pytest.mark.parametrize(("budget", "n"), [(300, 1000), (200, 331), (128, 2000), (64, 700), (1000, 1013)])
 def test_a_budget_between_powers_of_two_is_filled(budget: int, n: int) -> None:
-    """The room is used to the last slot; in the last round the oldest are halved once more than others; weights add up to the tokens."""
+    """The room is used to the last slot; in the last round the oldest are halved once more; weights add up to the tokens."""
     k, v, _ = clustered(n)
     method = BalanceKV(budget=zoo.attention.Budget(budget))
     s = stream(str(method), heads(k, 3), heads(v, 3))[0].slots()
@@ -188,11 +193,13 @@ def test_a_budget_between_powers_of_two_is_filled(budget: int, n: int) -> None:
         pos, order = s.pos[0, head, alive].sort()
         weight = s.a[0, head, alive][order].exp().round()
         assert len(pos) == budget
-        assert weight.sum() == n
+        assert abs(float(weight.sum()) - n) <= weight.max()  # a pair of two levels keeps its weight on average only
         middle = weight[weight > 1]
-        t = math.ceil(math.log2((n - 64) / (budget - 64))) if budget >= 128 else int(middle.max().log2())
-        assert set(middle.tolist()) <= {2.0**t, 2.0 ** (t - 1)}
-        between = weight[(pos >= 32) & (pos < n - 64)]
+        recent, room = method.recent(budget) + method.spare(budget), method.settled(budget)
+        first = min(32, room // 2)
+        t = math.ceil(math.log2((n - recent - first) / (room - first)))
+        assert set(middle.tolist()) == {2.0**t, 2.0 ** (t - 1)} - {1.0}
+        between = weight[(pos >= first) & (pos < n - recent)]
         assert torch.equal(between, between.sort(descending=True).values)  # the oldest stand for more
 
 
@@ -206,7 +213,7 @@ def test_streaming_keeps_levels_together(when: str) -> None:
         alive = s.pos[0, head] >= 32
         old = s.a[0, head, alive & (s.pos[0, head] < 2800)].exp().round()
         assert old.max() / old.min() <= 4
-        assert abs(float(s.a[0, head, s.pos[0, head] >= 0].exp().sum()) - 3000) < 1e-1
+        assert abs(float(s.a[0, head, s.pos[0, head] >= 0].exp().sum()) / 3000 - 1) < 0.02
 
 
 def random_half(signs: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -222,18 +229,49 @@ def better(x: Tensor, y: Tensor) -> bool:
 
 
 @pytest.mark.parametrize("rate", [2, 4, 8, 16])
+def test_the_walks_discrepancy_is_below_random_signs(rate: int) -> None:
+    """|sum eta_i w_i e^(s q.k_i) v_i| over a block of 128, at the halving that leads to rates 1/2 to 1/16, in 60 sets: below that of random
+    signs by more than four standard errors. Random signs are not below others."""
+    k, v, q = sets(2048, 60)
+    where = torch.arange(2048).expand(1, 60, -1)
+    weight = torch.ones(1, 60, 2048, dtype=torch.float64)
+    g = torch.Generator().manual_seed(rate)
+    while True:
+        row = lambda x: x.gather(2, where[..., None].expand(*where.shape, x.shape[3])).unflatten(2, (-1, 128))  # noqa: E731
+        keys, values, w = row(k), row(v), weight.unflatten(2, (-1, 128))
+        valid = torch.ones(w.shape, dtype=torch.bool)
+        signs = walk(kernel(keys, values * w[..., None], valid, plus=0.025), torch.rand(w.shape, generator=g), 4.0)
+        if 2048 // where.shape[2] == rate // 2:
+            break
+        stays, times = halve(signs, valid)
+        where = where[stays.flatten(2)].view(1, 60, -1)
+        weight = (weight * times.flatten(2))[stays.flatten(2)].view(1, 60, -1)
+    A = (q[:, :, None] @ keys.mT / 4).exp() * w[:, :, :, None]  # (1, 60, blocks, 32, 128)
+    size = (A @ values).norm(dim=-1)
+
+    def discrepancy(eta: Tensor) -> Tensor:
+        return ((A * eta[..., None, :]) @ values).norm(dim=-1).div(size).mean((2, 3))[0]
+
+    coins = [torch.where(torch.rand(w.shape, generator=g) < 0.5, 1.0, -1.0) for _ in range(2)]
+    assert better(discrepancy(signs), discrepancy(coins[0]))
+    assert not better(discrepancy(coins[0]), discrepancy(coins[1]))
+    assert not better(discrepancy(torch.ones_like(signs)), discrepancy(coins[0]))
+
+
+@pytest.mark.parametrize("rate", [4, 8, 16])
 def test_balance_beats_random_signs(rate: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error of attention at rates 1/2 to 1/16, over 60 draws: below that of random signs in the same code, and below that of exactly
-    half of the tokens at random, which is the paper's `uniform`. The check can fail: two kinds of random halves do not differ so."""
+    """The error of attention's outputs at rates 1/4 to 1/16, in 100 sets: below that of random signs in the same code, with both kinds of
+    weights. With weights=both also below the published weights', and below exactly half of the tokens at random, the paper's `uniform`,
+    which the published weights do not beat here (docs/methods/balancekv.md)."""
     attn = f"balancekv:when=prompt,budget={64 + 2048 // rate}"
-    balanced, signs = errors(attn, 2112, 60), errors(attn + ",gamma=0", 2112, 60)
-    assert better(balanced, signs)
-    other = errors(attn + ",gamma=0,seed=1", 2112, 60)
-    assert not better(signs, other)
+    values, both = (errors(f"{attn},weights={weights}", 2112, 100) for weights in ("values", "both"))
+    signs = errors(attn + ",weights=both,gamma=0", 2112, 100)
+    assert better(values, errors(attn + ",gamma=0", 2112, 100))
+    assert better(both, signs)
+    assert better(both, values)
+    assert not better(signs, errors(f"{attn},weights=both,gamma=0,seed=1", 2112, 100))
     monkeypatch.setattr(halving, "halve", random_half)
-    uniform = errors(attn, 2112, 60)
-    assert better(balanced, uniform)
-    assert not better(signs, uniform)
+    assert better(both, errors(attn, 2112, 100))
 
 
 def test_low_precision_values_are_exact() -> None:
@@ -254,7 +292,7 @@ def test_seeds_layers_and_heads_draw_their_own() -> None:
     k, v, _ = clustered(700)
     found = []
     for seed in (0, 0, 1):
-        caches = stream(f"balancekv:budget=160,seed={seed}", heads(k, 2), heads(v, 2), layers=2)
+        caches = stream(f"balancekv:budget=160,gamma=0,seed={seed}", heads(k, 2), heads(v, 2), layers=2)
         found.append([layer.slots().pos[0, head].sort().values.tolist() for layer in caches for head in range(2)])
     assert found[0] == found[1]
     assert len({str(x) for x in found[0] + found[2]}) == 8
@@ -288,7 +326,7 @@ def statistics(attn: str, draws: int = 1500) -> Tensor:
     return (off.mean(0) / (off.std(0) / draws**0.5)).abs()
 
 
-@pytest.mark.parametrize("c", [0, 0.02])
+@pytest.mark.parametrize("c", [0, 0.001])
 def test_level_weights_are_unbiased(c: float) -> None:
     """The means of z and tau are those of all tokens, by the theorem's walk and by a firm one: 28 statistics below 4, levels 1 to 3."""
     attn = f"balancekv:mode=tree,batch=32,c={c}"
@@ -333,7 +371,7 @@ def plain_tree(k: Tensor, v: Tensor | None, pos: list[int], method: BalanceKV, h
     return {p: level for level, some in waiting.items() for p in some}
 
 
-@pytest.mark.parametrize("c", [0, 0.02])
+@pytest.mark.parametrize("c", [0, 0.001])
 def test_the_tree_is_the_algorithm(c: float) -> None:
     """Both trees of two heads against literal loops: which tokens stay, at which level, in which bucket of values; zeros are no values."""
     method = BalanceKV(mode="tree", batch=24, c=c)
@@ -364,12 +402,13 @@ def test_the_tree_is_the_algorithm(c: float) -> None:
 
 
 def test_the_trees_error_falls_as_the_batch_grows() -> None:
-    """16, 64 and 256 tokens a walk; and a firm walk beats the theorem's, which is as good as random signs here."""
-    error = {t: errors(f"balancekv:mode=tree,batch={t}", 2048, 40) for t in (16, 64, 256)}
+    """16, 64 and 256 tokens a walk. A firm walk beats the theorem's, which is as good as random signs here."""
+    error = {t: errors(f"balancekv:mode=tree,batch={t}", 2048, 60) for t in (16, 64, 256)}
     assert better(error[64], error[16])
     assert better(error[256], error[64])
     assert not better(error[64], error[64].flip(0))
-    assert better(error[256], errors("balancekv:mode=tree,batch=256,c=0", 2048, 40))
+    firm, theorem = (errors(f"balancekv:mode=tree,batch=64,c={c}", 512, 400) for c in (0.001, 0))
+    assert better(firm.log(), theorem.log())  # a small denominator makes some errors large
 
 
 def test_the_trees_memory_grows_like_log_n() -> None:

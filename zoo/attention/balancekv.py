@@ -66,7 +66,7 @@ class BalanceKV(Budgeted):
     seed: int = 0
     mode: str = "halve"
     batch: int = 128
-    c: float = 0.02
+    c: float = 0.001
     delta: float = 0.01
 
     def __post_init__(self) -> None:
