@@ -352,7 +352,7 @@ def test_the_smaller_sign_is_biased(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def plain_tree(k: Tensor, v: Tensor | None, pos: list[int], method: BalanceKV, head: int) -> dict[int, int]:
     """MergeAndReduce in loops: position -> level, of k, v (n, D) of one tree whose tokens stand at `pos`."""
-    t, waiting, c = method.batch, {0: list[int]()}, method.c or 30 * math.log(method.batch / method.delta)
+    t, waiting, c = method.batch, {0: list[int]()}, method.c or 30 * math.log(method.batch / method.fails)
     for end in range(0, max(pos) + 64, 64):
         waiting[0] += [p for p in pos if end <= p < end + 64]
         level = 0
@@ -624,7 +624,7 @@ def test_tree_attend_is_one_graph(no_recompiling: None) -> None:
         ("mode=tree,gamma=1", "gamma=1.0 must be left out where mode=tree"),
         ("mode=tree,batch=1", "between 2 and 4096"),
         ("mode=tree,c=-1", "between 0 and 1e6"),
-        ("mode=tree,delta=0", "between 0 and 1"),
+        ("mode=tree,fails=0", "between 0 and 1"),
         ("batch=64", "batch=64 must be left out where mode=halve"),
     ],
 )

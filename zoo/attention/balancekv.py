@@ -13,7 +13,10 @@ settled slots and a quarter of the budget; what whole pages leave over goes to r
 The paper halves everything T times. A budget is seldom a power of 2: here everything is halved while too many are left, and in the last
 round as many of the oldest as must go. Of N tokens in `room` slots, some then stand for 2^t and the others for 2^(t-1), with
 t = ceil(log2(N / room)); where N = 2^T room, that is the paper's form. With when=decode and stream, what stands for least is halved first:
-64 new tokens come down to the level of the old ones, and go on from there with the oldest of those.
+64 new tokens come down to the level of the old ones, and go on from there with the oldest of those. A token alone at its level takes one of
+the next; such a pair keeps its weight on average only.
+weights=both (ours): w e^(s q.k) in the denominator, too, so a = b = log w and values stay. The published form divides by more than it adds
+up: up to c the w do not quite make up for what goes, behind c each token counts once above and twice below. A byte a slot for t.
 mode=tree: the theory's form instead (zoo/attention/balancekv_tree.py), which has no budget and always streams.
 
 exact when: budget >= tokens. cost: `budget` slots read a step; no attention mass. A halving takes n D multiplications a token, all layers,
@@ -45,15 +48,16 @@ AT_ONCE = 2**14  # tokens and slots of all heads that are worked on together
 MODES = ("halve", "tree")
 WEIGHTS = ("values", "both")
 HALVING = ("budget", "sinks", "window", "walk", "gamma", "temp", "beta", "weights")  # options of one mode only
-TREE = ("batch", "c", "delta")
+TREE = ("batch", "c", "fails")
 PLUS = 0.025 + 1e-8  # keys alone count a little, for the denominator
 
 
 @dataclass(frozen=True)
 class BalanceKV(Budgeted):
     """Halving by balanced walks between first and recent tokens. when=prompt unless given. sinks, window: first and last tokens that stay.
-    walk: tokens of a block. gamma: how firmly a walk is balanced; 0 = random signs. temp, beta: of the kernel. mode: halve or tree.
-    In trees: batch, tokens of a walk; c, the smaller the firmer it is balanced, 0 = by the theorem, which fails with probability delta."""
+    walk: tokens of a block. gamma: how firmly a walk is balanced; 0 = random signs. temp, beta: of the kernel. weights: values or both. mode:
+    halve or tree. In trees: batch, tokens of a walk; c, the smaller the firmer it is balanced, 0 = by the theorem, which fails with
+    probability `fails`."""
 
     when: str = "prompt"
     sinks: int = 32
@@ -67,7 +71,7 @@ class BalanceKV(Budgeted):
     mode: str = "halve"
     batch: int = 128
     c: float = 0.001
-    delta: float = 0.01
+    fails: float = 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,7 +86,7 @@ class BalanceKV(Budgeted):
         self.check(-(2**63) <= self.seed < 2**63, "seed", "between -2**63 and 2**63 - 1")
         self.check(2 <= self.batch <= 4096, "batch", "between 2 and 4096")
         self.check(0 <= self.c <= 1e6, "c", "between 0 and 1e6; 0 = by the theorem")
-        self.check(0 < self.delta < 1, "delta", "between 0 and 1")
+        self.check(0 < self.fails < 1, "fails", "between 0 and 1")
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
         other = HALVING if self.mode == "tree" else TREE
         for name in other:

@@ -3,7 +3,7 @@ one for each size of value.
 
     SoftmaxBalance, of t tokens in the order of their positions
       y_i   = sum_(j<i) eta_j e^(s k_i.k_j) <v_i, v_j>               eta_i = +1 with probability 1/2 - y_i / (2 c R^2), else -1
-      R^2   = max_i e^(s |k_i|^2) |v_i|^2                            c = 30 log(t / delta); the paper fails where |y_i| > c R^2: cut here
+      R^2   = max_i e^(s |k_i|^2) |v_i|^2                            c = 30 log(t / fails); the paper fails where |y_i| > c R^2: cut here
     MergeAndReduce   where t slots of one level wait, they are walked; those of sign +1 stay, one level up: a slot of level l weighs 2^l
     the denominator  one tree of all keys, every value 1
     the numerator    one tree for each bucket 2^(e-1) < |v| <= 2^e of values; a value of 0 has no part in it
@@ -11,7 +11,7 @@ one for each size of value.
 The paper keeps the smaller sign, which is less than half of the tokens: weights 2^l are then biased low, by several percent a level. Either
 sign comes out as often as the other, so those of +1 are half in expectation and 2^l is unbiased, with the same bound. Levels are as full as
 chance has it, with fewer than t slots each; buckets that the paper drops because they hardly count are kept. c > 0: this number in place of
-30 log(t / delta), and keys are centred in each walk: exp(s q.k~) is then a factor of the whole set. With c = 0, the theory, keys of real
+30 log(t / fails), and keys are centred in each walk: exp(s q.k~) is then a factor of the whole set. With c = 0, the theory, keys of real
 models (s |k|^2 of 20 and more) make R^2 so large that signs are as good as random.
 
 a slot: of the denominator a = -inf, b = l log 2 and no value; of a bucket a = l log 2, b = -inf. Up to 64 pending tokens are exact (a = b =
@@ -19,6 +19,8 @@ a slot: of the denominator a = -inf, b = l log 2 and no value; of a bucket a = l
 function of (seed, layer, head, position, level, tree).
 exact when: up to t tokens, as nothing has been walked. cost: about t/2 log2(n / t) slots a tree: memory grows like log n. A walk takes t D
 multiplications a token and level. The storage is dense, as long as the longest head of all layers wants it, and freed where that shrinks.
+Useless on text, and kept because it is the theory: nothing but pending tokens is exact, not even the first ones, and z and tau have errors of
+their own (docs/methods/balancekv.md).
 In a model with a sliding window of its own, slots that have left it go, and what stands for them is then not quite right.
 """
 
@@ -135,7 +137,7 @@ class TreeCache(Cache):
         b, g = b[:, None], g[:, None]
         k, v = tree.k[b, g, at], None if tree.v is None else tree.v[b, g, at]
         G = kernel(k, v, torch.ones_like(at, dtype=torch.bool), centred=m.c > 0)
-        c = m.c or 30 * math.log(t / m.delta)
+        c = m.c or 30 * math.log(t / m.fails)
         R2 = G.diagonal(dim1=-2, dim2=-1).amax(-1)
         u = random.uniform(
             m.seed, torch.full_like(b, self.index), g, tree.pos[b, g, at].long(), level[b, g, at], torch.full_like(b, int(v is not None))
