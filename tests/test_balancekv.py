@@ -237,8 +237,8 @@ def test_the_walks_discrepancy_is_below_random_signs(rate: int) -> None:
     weight = torch.ones(1, 60, 2048, dtype=torch.float64)
     g = torch.Generator().manual_seed(rate)
     while True:
-        row = lambda x: x.gather(2, where[..., None].expand(*where.shape, x.shape[3])).unflatten(2, (-1, 128))  # noqa: E731
-        keys, values, w = row(k), row(v), weight.unflatten(2, (-1, 128))
+        at = where[..., None].expand(*where.shape, k.shape[3])
+        keys, values, w = (x.unflatten(2, (-1, 128)) for x in (k.gather(2, at), v.gather(2, at), weight))
         valid = torch.ones(w.shape, dtype=torch.bool)
         signs = walk(kernel(keys, values * w[..., None], valid, plus=0.025), torch.rand(w.shape, generator=g), 4.0)
         if 2048 // where.shape[2] == rate // 2:

@@ -55,8 +55,8 @@ PLUS = 0.025 + 1e-8  # keys alone count a little, for the denominator
 @dataclass(frozen=True)
 class BalanceKV(Budgeted):
     """Halving by balanced walks between first and recent tokens. when=prompt unless given. sinks, window: first and last tokens that stay.
-    walk: tokens of a block. gamma: how firmly a walk is balanced; 0 = random signs. temp, beta: of the kernel. weights: values or both. mode:
-    halve or tree. In trees: batch, tokens of a walk; c, the smaller the firmer it is balanced, 0 = by the theorem, which fails with
+    walk: tokens of a block. gamma: how firmly a walk is balanced; 0 = random signs. temp, beta: of the kernel. weights: values or both.
+    mode: halve or tree. In trees: batch, tokens of a walk; c, the smaller the firmer it is balanced, 0 = by the theorem, which fails with
     probability `fails`."""
 
     when: str = "prompt"
