@@ -17,7 +17,7 @@ models (s |k|^2 of 20 and more) make R^2 so large that signs are as good as rand
 a slot: of the denominator a = -inf, b = l log 2 and no value; of a bucket a = l log 2, b = -inf. Up to 64 pending tokens are exact (a = b =
 0) and absorbed where a length reaches a multiple of 64, so that chunks change nothing. Each layer and head has its own trees; a draw is a
 function of (seed, layer, head, position, level, tree).
-exact when: fewer than t tokens, as nothing has been walked. cost: about t/2 log2(n / t) slots a tree: memory grows like log n. A walk takes t D
+exact when: fewer than t tokens (none is walked). cost: about t/2 log2(n / t) slots a tree: memory like log n. A walk takes t D
 multiplications a token and level. The storage is dense, as long as the longest head of all layers wants it, and freed where that shrinks.
 Useless on text, and kept because it is the theory: nothing but pending tokens is exact, not even the first ones, and z and tau have errors
 of their own (docs/methods/balancekv.md).
