@@ -39,6 +39,7 @@ BUDGETED = [
     "tova",
     "l2norm",
     "keydiff",
+    "balancekv",
 ]
 WHEN = ["prompt", "decode", "stream"]
 VARIANTS = {  # options that change what happens to tokens: in some of the modes, on one family
@@ -46,6 +47,7 @@ VARIANTS = {  # options that change what happens to tokens: in some of the modes
     "subgen:heads=uniform": ["prompt", "stream"],
     "subgen:heads=table": ["decode"],
     "subgen_kcenter:weight=true": ["prompt", "stream"],
+    "balancekv:weights=both,walk=16": ["prompt", "stream"],
 }
 DELTA = ["subgen:delta=6,when=prompt", "subgen:delta=4,when=decode", "subgen:delta=6,when=stream"]  # no budget; with 4 it soon grows
 # Those whose slots are tokens, unchanged.
