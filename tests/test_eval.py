@@ -485,6 +485,8 @@ BAD: list[tuple[list[str], str]] = [
     (["--tasks", "quiz"], "'quiz' is unknown; choose of kl, ppl"),
     (["--tasks", "kl,,ppl"], "write each once, with commas"),
     (["--tasks", "kl,kl"], "write each once"),
+    (["--lengths", "1k,1024"], "two of these are the same number"),
+    (["--depths", "25,25.0"], "two of these are the same number"),
     (["--tasks", "data"], "needs --data"),
     (["--protocols", "both"], "choose of prefill, stream"),
     (["--question", "maybe"], "choose of unseen, seen"),

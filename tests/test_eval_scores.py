@@ -105,7 +105,7 @@ def test_an_answer_ends_when_nothing_can_change_its_score() -> None:
     [
         ([0, 1], 0, 1),  # means 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4
         ([0, 0, 3], 0, 3),  # P(mean = 3) = 1/27, more than 2.5 %
-        ([0, 0, 0, 4], 0, 3),  # P(mean = 4) = 1/256; P(mean >= 3) = 13/256
+        ([0, 0, 0, 4], 0, 4),  # P(mean = 4) = 1/256, more than the 0.00012 that four values leave out on a side
         ([7, 7, 7, 7, 7], 7, 7),
     ],
 )
@@ -120,6 +120,14 @@ def test_bootstrap_of_many_is_the_normal_interval() -> None:
     half = 1.96 * float(values.std()) / 20
     assert got == pytest.approx((float(values.mean()) - half, float(values.mean()) + half), abs=0.08 * half)
     assert stats.interval(values.tolist()) == got
+
+
+def test_an_interval_of_few_misses_the_truth_as_seldom_as_it_says() -> None:
+    values = torch.randn(2000, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    missed = sum(not low <= 0 <= high for low, high in (stats.interval(row, 1000) or (0, 0) for row in values.tolist()))
+    assert 0.035 < missed / len(values) < 0.075  # plain percentiles miss it in 0.115 of all cases
+    assert stats.tail(8) == pytest.approx(0.0057375, rel=1e-4)  # t = 2.364624 with 7 degrees of freedom
+    assert stats.tail(10_000) == pytest.approx(0.025, rel=1e-3)
 
 
 def test_one_value_has_no_interval() -> None:

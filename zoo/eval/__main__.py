@@ -55,6 +55,9 @@ def arguments(argv: list[str] | None) -> Any:
     args.tasks, args.protocols, args.question = (split(getattr(args, name), name) for name in ("tasks", "protocols", "question"))
     args.niah, args.lengths = split(args.niah, "niah"), [cli.count(text) for text in split(args.lengths, "lengths")]
     args.depths = [depth(text) for text in split(args.depths, "depths")] if args.depths else []
+    for name in ("lengths", "depths"):
+        if len(set(getattr(args, name))) < len(getattr(args, name)):  # 1k is 1024
+            raise ZooError(f"--{name}: write each once; two of these are the same number")
     if args.data and "data" not in args.tasks:
         args.tasks = [*([] if args.tasks == [p.get_default("tasks")] else args.tasks), "data"]
     validate(args)
