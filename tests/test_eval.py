@@ -53,7 +53,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def evaluate(tiny: Path, text: Path, out: Path, *argv: str) -> int:
-    return cli.run(command.main, ["--model", str(tiny), "--text", str(text), "--out", str(out), *argv])
+    return cli.run(command.main, ["--model", str(tiny), "--text", str(text), "--out", str(out), "--threads", "1", *argv])
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
