@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import write_llama
+from conftest import feed, write_llama
 from torch import Tensor
 
 import zoo
@@ -449,29 +449,18 @@ def new(lm: LM, attn: str, batch: int = 1) -> Caches:
     return lm.new_cache(batch)
 
 
-@torch.no_grad()
-def feed(lm: LM, cache: Caches, ids: Tensor, prompt: int, chunk: int) -> Tensor:
-    out = []
-    cache.begin_prompt([prompt] * len(ids))
-    for start, end in ((0, prompt), (prompt, ids.shape[1])):
-        out += [lm.model(ids[:, t : min(t + chunk, end)], cache) for t in range(start, end, chunk)]
-        if start == 0:
-            cache.end_prompt()
-    return torch.cat(out, 1)
-
-
 def same(x: Caches, y: Caches) -> bool:
-    """What slots hold: whole numbers exactly, the others to rounding."""
+    """What slots hold: positions and log-weights exactly, keys and values to rounding."""
     for one, other in zip(x, y, strict=True):
         a, b = one.slots(), other.slots()
         there = a.pos >= 0
-        assert there.any()
-        if not torch.equal(a.pos, b.pos) or not torch.allclose(a.k[there], b.k[there], atol=1e-5):
+        if not torch.equal(a.pos, b.pos):
             return False
-        assert a.a is not None
-        assert b.a is not None
-        if not torch.equal(a.a[there], b.a[there]):
-            return False
+        for name in ("k", "v", "a", "b"):
+            held, too = getattr(a, name)[there], getattr(b, name)[there]
+            assert held.abs().max() > 0.1, name
+            if not torch.allclose(held, too, rtol=0, atol=1e-9 if name in "kv" else 0):
+                return False
     return True
 
 
@@ -488,6 +477,11 @@ def test_tree_chunks_change_nothing(lm: LM, ids: Tensor, chunk: int) -> None:
     expected = feed(lm, whole, ids[:1], 133, 1000)
     assert (feed(lm, pieces, ids[:1], 133, chunk) - expected).abs().max() < 1e-4
     assert same(whole, pieces)
+    for name in ("k", "v", "a"):  # and `same` looks at each of them
+        other = whole.clone()
+        tree = other[1].values  # type: ignore[union-attr]
+        getattr(tree, name)[0, 1, 0] += 1e-6  # type: ignore[index]
+        assert not same(whole, other), name
 
 
 def test_tree_batch_equals_single(lm: LM, ids: Tensor) -> None:

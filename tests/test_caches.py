@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_checkpoint
+from conftest import feed, write_checkpoint
 from torch import Tensor
 
 import zoo
@@ -107,19 +107,6 @@ def ids(lm: LM) -> Tensor:
 def new(lm: LM, attn: str, batch: int = 1, **hints: int | None) -> Caches:
     lm.attn = parse(attn)
     return lm.new_cache(batch, **hints)
-
-
-@torch.no_grad()
-def feed(lm: LM, cache: Caches, ids: Tensor, prompt: int, chunk: int) -> Tensor:
-    """Logits (B, T, V) of all ids: the first `prompt` as a prompt, the rest as continuation, `chunk` tokens a call."""
-    out = []
-    cache.begin_prompt([prompt] * len(ids))
-    for start, end in ((0, prompt), (prompt, ids.shape[1])):
-        for t in range(start, end, chunk):
-            out.append(lm.model(ids[:, t : min(t + chunk, end)], cache))
-        if start == 0:
-            cache.end_prompt()
-    return torch.cat(out, 1)
 
 
 def same_state(x: Caches, y: Caches) -> None:
