@@ -42,8 +42,9 @@ def method_of(spelling: str, protocol: str, tokens: int) -> Attention:
     if "when=" in spelling:
         raise ZooError(f"--attn {spelling}: the protocol says when to compress (--protocols prefill,stream); leave `when` out")
     method = parse(spelling.strip() + (",when=" if ":" in spelling else ":when=") + PROTOCOLS[protocol])
-    if method.when != PROTOCOLS[protocol]:  # type: ignore[attr-defined]
-        raise ZooError(f"--attn {spelling}: it has no other form than when={method.when}; --protocols stream")  # type: ignore[attr-defined]
+    assert isinstance(method, Budgeted)
+    if method.when != PROTOCOLS[protocol]:
+        raise ZooError(f"--attn {spelling}: it has no other form than when={method.when}; --protocols stream")
     return method
 
 

@@ -2,7 +2,7 @@
 
 Rows of two methods with the same task, variant, protocol, question, length and sample were asked the same prompt. Prompts differ far more
 than methods do, so a method is compared by the differences on each prompt, not by two means. Intervals are bootstrap percentiles: the mean
-of n rows drawn with replacement, 10,000 times. Those of few rows would be too narrow (of 8, one true tie in nine would be called distinct),
+of n rows drawn with replacement, 10,000 times. Those of few rows would be too narrow (of 8, one true tie in ten would be called distinct),
 so the percentiles are expanded to what Student's t has there (Hesterberg, 2015, arXiv 1411.5279). Skewed scores still need more rows.
 """
 
@@ -101,10 +101,10 @@ def summary(rows: Sequence[Row], baseline: str | None = None) -> list[dict[str, 
                 same = attn is None or attn == cell["attn"]
                 cell["scores"][score][name] = None if same else difference(some, by_method.get(attn or "", {}), score)
         tokens = sum(row["tokens"] for row in some) / len(some)
-        nbytes = {name: sum(row["bytes"][name] for row in some) / len(some) for name in ("peak", "final", "full")}
+        nbytes = {name: sum(row["bytes"][name] for row in some) / len(some) for name in ("peak", "final", "full", "tokens")}
         cell["tokens"] = round(tokens, 1)
-        cell["bytes"] = {name: round(value) for name, value in nbytes.items()}
-        cell["bytes"]["per_token"] = round(nbytes["final"] / tokens, 1)
+        cell["bytes"] = {name: round(nbytes[name]) for name in ("peak", "final", "full")}
+        cell["bytes"]["per_token"] = round(nbytes["final"] / nbytes["tokens"], 1)
         cell["bytes"]["share"] = round(nbytes["final"] / nbytes["full"], 4)
         cell["bytes"]["peak_share"] = round(nbytes["peak"] / nbytes["full"], 4)
         out.append(cell)
