@@ -39,6 +39,8 @@ constexpr float NONE = -std::numeric_limits<float>::infinity();
 constexpr int64_t CHUNK = 512;    // slots of a decode task
 constexpr int64_t ROWS = 128;     // query rows of a prompt's block
 constexpr int64_t COLUMNS = 256;  // slots of a prompt's block
+constexpr float LAG = 16;         // octaves by which a row's maximum may grow before its sums are rescaled
+constexpr float OCTAVES = 1.44269504f;  // e^x = 2^(OCTAVES x)
 
 // exp(x) for x <= 0, within 2 units in the last place; 0 below -87. x = n ln 2 + r, exp(r) by its Taylor series to r^7.
 inline vf exponential(vf x) {
@@ -56,6 +58,19 @@ inline vf exponential(vf x) {
   vi e = (__builtin_convertvector(n, vi) + 127) << 23;
   vf y = p * (vf)e;
   return x > all(-87.0f) ? y : vf{};
+}
+
+// 2^x within 3e-6 of itself, for weights that are rounded to bfloat16 next; 0 below 2^-126. x = n + r, 2^r by a minimax polynomial.
+inline vf power(vf x) {
+  const vf shift = all(12582912.0f), whole = x + shift;  // whose lowest bits are n
+  const vf r = x - (whole - shift);
+  vf p = all(0.00957009897f);
+  p = p * r + all(0.0559178601f);
+  p = p * r + all(0.240247449f);
+  p = p * r + all(0.693121815f);
+  p = p * r + all(0.999999261f);
+  const vf y = (vf)((vi)p + ((vi)whole << 23));
+  return x > all(-126.0f) ? y : vf{};
 }
 
 // Consecutive rows of one kv head: of a dense store, or of its pages
@@ -313,9 +328,15 @@ void mask(float* x, const Run& h, int64_t s, int64_t count, const int64_t* at, i
     if (h.a)
       for (int64_t j = 0; j < count; j++) x[j] += h.a[s + j] / scale;
     if (!seen.open(at[m], window)) {
-      for (int64_t j = 0; j < count; j++)
-        if (!sees(h.pos[s + j], at[m], window)) x[j] = NONE;
-      for (int64_t j = count; j < COLUMNS; j++) x[j] = NONE;
+      const vi first = vi{} + int32_t(window ? std::max<int64_t>(at[m] - window + 1, 0) : 0), last = vi{} + int32_t(at[m]);
+      int64_t j = 0;
+      for (; j + 16 <= count; j += 16) {
+        vi pos;
+        std::memcpy(&pos, h.pos + s + j, 64);
+        store(x + j, pos >= first & pos <= last ? load(x + j) : all(NONE));
+      }
+      for (; j < COLUMNS; j++)
+        if (j >= count || !sees(h.pos[s + j], at[m], window)) x[j] = NONE;
     }
   }
 }
@@ -340,13 +361,38 @@ bool probe() {  // throws here, where that is an error, if the library has no su
   return true;
 }
 
+struct Weights {
+  vf sum, high;  // high: the largest exponents
+};
+
+Weights weigh(const float* x, float unit, float base, bf16* p) {  // p (COLUMNS) = 2^(x unit - base)
+  vf total[2] = {}, high[2] = {all(NONE), all(NONE)};
+  for (int64_t j = 0; j < COLUMNS; j += 32) {
+    vf e[2];
+    for (int n = 0; n < 2; n++) {
+      const vf y = load(x + j + 16 * n) * unit - base;
+      high[n] = larger(y, high[n]);  // in this order a number that is none (-inf - -inf) is passed over
+      e[n] = power(y);
+      total[n] += e[n];
+    }
+    store(p + j, e[0], e[1]);
+  }
+  return {total[0] + total[1], larger(high[0], high[1])};
+}
+
+float highest(const float* x) {  // of COLUMNS
+  vf high = load(x);
+  for (int64_t j = 16; j < COLUMNS; j += 16) high = larger(high, load(x + j));
+  return top(high);
+}
+
 void many(const Call& c) {
   const int64_t M = c.rows(), D = c.D, tiles = (M + ROWS - 1) / ROWS, heads = c.B * c.G;
-  const float scale = 1 / std::sqrt(float(D));
+  const float scale = 1 / std::sqrt(float(D)), unit = scale * OCTAVES;
   std::vector<Packed> packed = choose(c);
 #pragma omp parallel
   {
-    std::vector<float> x(ROWS * COLUMNS), num(ROWS * D), max(ROWS), den(ROWS);
+    std::vector<float> x(ROWS * COLUMNS), num(ROWS * D), base(ROWS), den(16 * ROWS);  // base: in octaves
     std::vector<bf16> p(ROWS * COLUMNS), q(ROWS * D);
     std::vector<int64_t> at(ROWS);
     for (int64_t head = 0; head < heads; head++) {
@@ -364,7 +410,7 @@ void many(const Call& c) {
     for (int64_t task = 0; task < heads * tiles; task++) {
       const int64_t head = task % heads, first = (tiles - 1 - task / heads) * ROWS, rows = std::min(ROWS, M - first);
       const auto [low, high] = read_tile(c, head, first, rows, q.data(), at.data());
-      std::fill(num.begin(), num.end(), 0.f), std::fill(max.begin(), max.end(), NONE), std::fill(den.begin(), den.end(), 0.f);
+      std::fill(num.begin(), num.end(), 0.f), std::fill(base.begin(), base.end(), NONE), std::fill(den.begin(), den.end(), 0.f);
       for (size_t i = 0; i < packed[head].seen.size(); i++) {
         const Seen& seen = packed[head].seen[i];
         if (seen.hidden(low, high, c.window)) continue;
@@ -374,30 +420,21 @@ void many(const Call& c) {
                                     reinterpret_cast<const bf16*>(&packed[head].k[i * D / 2 * COLUMNS]), x.data(), true);
         mask(x.data(), h, s, count, at.data(), rows, c.window, seen, scale);
         for (int64_t m = 0; m < rows; m++) {
-          float* row = &x[m * COLUMNS];
-          vf high4[4] = {load(row), load(row + 16), load(row + 32), load(row + 48)};
-          for (int64_t j = 64; j < COLUMNS; j += 64)
-            for (int n = 0; n < 4; n++) high4[n] = larger(high4[n], load(row + j + 16 * n));
-          const float new_max = std::max(max[m], top(larger(larger(high4[0], high4[1]), larger(high4[2], high4[3]))));
-          if (new_max > max[m]) {
-            const float shrink = std::exp((max[m] - new_max) * scale);
-            den[m] *= shrink, max[m] = new_max;
+          const float* row = &x[m * COLUMNS];
+          Weights got = weigh(row, unit, base[m], &p[m * COLUMNS]);
+          if (any(got.high > all(LAG))) {  // of the first block that a query sees anything of, always: its base is -inf
+            const float new_base = highest(row) * unit, shrink = std::exp2(base[m] - new_base);
+            base[m] = new_base;
+            store(&den[16 * m], load(&den[16 * m]) * shrink);
             for (int64_t d = 0; d < D; d += 16) store(&num[m * D + d], load(&num[m * D + d]) * shrink);
+            got = weigh(row, unit, new_base, &p[m * COLUMNS]);
           }
-          const float base = new_max == NONE ? 0 : new_max;
-          vf total[2] = {};
-          for (int64_t j = 0; j < COLUMNS; j += 32)
-            for (int n = 0; n < 2; n++) {
-              vf e = exponential((load(row + j + 16 * n) - base) * scale);
-              store(&p[m * COLUMNS + j + 16 * n], e);
-              total[n] += e;
-            }
-          den[m] += sum(total[0] + total[1]);
+          store(&den[16 * m], load(&den[16 * m]) + got.sum);
         }
         at::native::cpublas::brgemm(ROWS, D, COLUMNS, COLUMNS, D, D, true, p.data(),
                                     reinterpret_cast<const bf16*>(&packed[head].v[i * COLUMNS / 2 * D]), num.data(), true);
       }
-      for (int64_t m = 0; m < rows; m++) finish<bf16>(c, head, first + m, &num[m * D], max[m] * scale, den[m]);
+      for (int64_t m = 0; m < rows; m++) finish<bf16>(c, head, first + m, &num[m * D], base[m] / OCTAVES, sum(load(&den[16 * m])));
     }
     at::native::cpublas::brgemm_release(true);
   }

@@ -47,7 +47,24 @@ inline void store(bf16* p, vf x) {  // rounded to nearest, ties to even
   vh h = __builtin_convertvector(u, vh);
   std::memcpy(p, &h, 32);
 }
+inline void store(bf16* p, vf low, vf high) {  // 32 numbers, rounded the same way
+#ifdef __AVX512BF16__
+  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+  std::memcpy(p, &both, 64);
+#else
+  store(p, low), store(p + 16, high);
+#endif
+}
 inline vf all(float x) { return vf{} + x; }
+inline bool any(vi x) {  // whether some comparison holds
+#ifdef __AVX512F__
+  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
+#else
+  for (int i = 0; i < 16; i++)
+    if (x[i]) return true;
+  return false;
+#endif
+}
 inline vf larger(vf x, vf y) { return x > y ? x : y; }
 template <class F>
 inline float fold(vf x, F f) {

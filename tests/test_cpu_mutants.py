@@ -25,7 +25,11 @@ MUTANTS = [  # what is wrong: in which words
     ("log-weights are forgotten", "if (h.a)\n            for (int64_t j = 0; j < count; j++) x[j] += h.a[s + j];", ""),
     ("chunks are added without their maxima", "weight = std::exp(part[D] - max);", "weight = 1;"),
     ("the sum is not rescaled when the maximum grows", "*den *= shrink, *max = new_max;", "*max = new_max;"),
-    ("the same for many rows", "den[m] *= shrink, max[m] = new_max;", "max[m] = new_max;", few_only),
+    ("the same for many rows", "store(&den[16 * m], load(&den[16 * m]) * shrink);", "", few_only),
+    ("sums of many rows are never rescaled", "any(got.high > all(LAG))", "base[m] == NONE && any(got.high > all(LAG))", few_only),
+    ("weights are those of the old maximum", "got = weigh(row, unit, new_base", "weigh(row, unit, new_base", few_only),
+    ("many rows see their future", "pos >= first & pos <= last", "pos >= first", few_only),
+    ("and all of their past", "pos >= first & pos <= last", "pos >= 0 & pos <= last", few_only),
     ("log-weights are in the wrong unit", "h.a[s + j] / scale", "h.a[s + j]", few_only),
     (
         "values are the neighbour's",
@@ -73,6 +77,7 @@ for weights in (False, True):
             a.test_mass_matches_float64(shape, torch.float32, weights, window)
         for shape in a.LONG if a.MANY else ():
             a.test_attention_matches_float64(shape, torch.bfloat16, weights, window, 2.0)
+            a.test_attention_matches_float64(shape, torch.bfloat16, weights, window, 7.0)
             a.test_mass_matches_float64(shape, torch.bfloat16, weights, window)
 a.test_pages_match_float64(torch.float32, 1, None)
 a.test_a_store_and_pages_share_one_softmax(torch.float32, 4, None)
