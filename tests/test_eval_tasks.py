@@ -176,6 +176,8 @@ def test_needle_stands_between_sentences(material: Material) -> None:
     assert text[at - 2] in ".!?"
     assert text.startswith("This is a very long story book: <book> ")
     assert text.endswith(" </book>.\nBased on the content of the book, Question: The best thing to do in San Francisco is: \nAnswer:")
+    begins = {whole(material, "needle", f"depth={d:g}", 1500)[:200] for d in (0.25, 0.5, 0.75)}
+    assert len(begins) == 3  # depths are not compared on one passage
 
 
 def test_variable_tracking(material: Material) -> None:

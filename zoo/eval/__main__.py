@@ -224,21 +224,28 @@ def main(argv: list[str] | None = None) -> None:
     progress = Progress()
     try:
         run.run(lm, plan, given, records, progress)
-    except KeyboardInterrupt:
+    except BaseException as e:
         progress.close()
-        print(f"{len(records.rows)} rows are kept in {args.out}; the same command goes on from there", file=sys.stderr)
+        if isinstance(e, KeyboardInterrupt):
+            print(f"{len(records.rows)} rows are kept in {args.out}; the same command goes on from there", file=sys.stderr)
+        try:
+            finish(args.out, records.rows, args.baseline)
+        except Exception as second:  # which must not hide why the run ended
+            print(f"no report of them could be made: {second}", file=sys.stderr)
         raise
+    else:
+        finish(args.out, records.rows, args.baseline)
     finally:
         progress.close()
         records.close()
-        if records.rows:
-            finish(args.out, records.rows, args.baseline)
 
 
 def finish(folder: Path, rows: Sequence[dict[str, Any]], baseline: str | None) -> None:
     """summary.json, the report where it can be made, and the means on standard output."""
     from zoo.eval import records, stats
 
+    if not rows:
+        return
     cells = stats.summary(rows, baseline)
     records.write(folder / "summary.json", {"baseline": baseline, "cells": cells})
     try:

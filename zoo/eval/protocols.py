@@ -28,6 +28,7 @@ from zoo.errors import ZooError
 from zoo.lm import CHUNK, LM
 
 PROTOCOLS = {"prefill": "prompt", "stream": "stream"}  # and what `when` is there
+PACE = 8  # tokens that are decoded for the clock, where a task decodes none
 Forward = Callable[[Tensor, Tensor, Caches], Tensor]  # ids, pos (1, T), cache -> hidden states (1, T, C)
 
 
@@ -93,6 +94,18 @@ class Run:
         self.tokens += t.shape[1]
         return torch.cat(out)
 
+    def pace(self) -> None:
+        """Decode for the clock alone: after everything else, since the cache takes these tokens in."""
+        for _ in range(PACE):
+            self.step(0)
+
+    def step(self, token: int) -> int:
+        """Read a token, timed -> the likeliest next one: a number, for which the clock waits, on a GPU, too."""
+        start = time.perf_counter()
+        likeliest = int(self.lm.decode_step([token], self.cache)[0].argmax())
+        self.steps.append(time.perf_counter() - start)
+        return likeliest
+
     def follow(self, ids: Sequence[int]) -> Tensor:
         """Log-probabilities (T, V) float32 of the token after each of these."""
         with torch.no_grad():
@@ -120,9 +133,7 @@ class Run:
             said.append(token)
             if len(said) >= most or stop(self.lm.tokenizer.decode(said)):
                 break
-            start = time.perf_counter()
-            token = int(self.lm.decode_step([token], self.cache)[0].argmax())  # a number: on a GPU, this waits for it
-            self.steps.append(time.perf_counter() - start)
+            token = self.step(token)
             self.tokens += 1
             self.sample()
         return self.lm.tokenizer.decode(said)

@@ -15,7 +15,7 @@ from typing import Any
 from zoo.attention.budgeted import Budgeted
 from zoo.errors import ZooError
 from zoo.eval import protocols
-from zoo.eval.protocols import FullBytes, Run, method_of, same_reading
+from zoo.eval.protocols import PACE, FullBytes, Run, method_of, same_reading
 from zoo.eval.records import Records
 from zoo.eval.tasks import Material, Sample, Task
 from zoo.lm import LM
@@ -89,7 +89,7 @@ class Prompt:
         return self.kept[key]
 
     def read(self, method: Any, question: str, inside: bool) -> Run:
-        more = len(self.sample.question) + self.task.new_tokens
+        more = len(self.sample.question) + self.task.new_tokens + PACE
         return protocols.read(self.lm, method, self.ids(question), more, self.forward, inside)
 
     def finish(self, run: Run, question: str) -> Outcome:
@@ -98,9 +98,11 @@ class Prompt:
         if question == "unseen":
             run.ask(self.sample.question)
         seen = self.task.watch(run, self.sample)
+        nbytes = {"peak": run.peak, "final": run.final(), "full": self.full_bytes(run.tokens), "tokens": run.tokens}
+        if not run.steps and self.forward is None:
+            run.pace()
         step = statistics.median(run.steps) if run.steps else None
         rate = {"prefill": read / run.seconds, "decode": 1 / step if step else None}
-        nbytes = {"peak": run.peak, "final": run.final(), "full": self.full_bytes(run.tokens), "tokens": run.tokens}
         return Outcome(seen, len(self.sample.context) + len(self.sample.question), nbytes, rate)
 
     def outcomes(
@@ -154,7 +156,7 @@ def record(row: tuple[str, str, str], outcome: Outcome, prompt: Prompt, about: d
 
 def room(lm: LM, task: Task, length: int) -> int:
     """Tokens of a prompt of this asked length: what follows it must fit the model's context, too."""
-    return min(length, lm.config.max_position_embeddings - task.new_tokens)
+    return min(length, lm.config.max_position_embeddings - task.new_tokens - PACE)
 
 
 def check(lm: LM, plan: Plan, material: Material) -> None:
@@ -167,7 +169,7 @@ def check(lm: LM, plan: Plan, material: Material) -> None:
             lm.attn = method_of(attn, protocol, min(plan.lengths))
             lm.new_cache(max_tokens=1)
     for number, name, variant, length in plan.prompts(material):
-        if number == plan.samples - 1:
+        if number == plan.samples - 1 or plan.tasks[name].uneven:
             plan.tasks[name].sample(material, variant, room(lm, plan.tasks[name], length), number)
 
 

@@ -2,7 +2,8 @@
 
     context   a text        input   a question about it, may be empty        answers   a list of right answers
 A context that is too long loses its middle, as in LongBench. The prompt is LongBench's for questions about a text. 64 tokens are generated,
-up to the first line's end; f1, rouge_l, exact and edit (similarity) are each the best over the answers, and logprob is of the first one.
+up to the first line's end; f1, rouge_l, exact and edit (1 - Levenshtein distance / the longer one's length) are each the best over the
+answers, and logprob is of the first one.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def parse(text: str, path: str) -> tuple[dict[str, Any], ...]:
 
 class Data(Answers):
     name = "data"
+    uneven = True
     new_tokens = 64
 
     def sample(self, material: Material, variant: str, length: int, number: int) -> Sample:

@@ -79,6 +79,7 @@ class Task(ABC):
     asks: ClassVar[bool] = True  # whether there is a question, which a cache may or may not know while it compresses
     compares: ClassVar[bool] = False  # whether a row needs what the full cache did
     whole: ClassVar[bool] = False  # whether `stream` looks at the tokens of the prompt, too
+    uneven: ClassVar[bool] = False  # whether one prompt may not fit where the others do
     new_tokens: int = 32  # that may follow the prompt
 
     def variants(self, material: Material) -> list[str]:
