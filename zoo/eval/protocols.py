@@ -3,7 +3,8 @@
     prefill   exact attention over the prompt, compressed once at its end; what comes afterwards is kept (SnapKV, BalanceKV, most papers)
     stream    never more than the budget, inside the prompt too (StreamingLLM, H2O, SubGen's theory)
 
-They are the option `when` of the methods with a budget. `full` and `sliding` have no such choice: they run as they are under both names.
+They are the option `when` of the methods with a budget and of encodings. `full` and `sliding` have no such choice: they run as they are
+under both names.
 
 What is read is what `LM.prefill` reads, chunk for chunk, except that the cache's bytes are sampled before each absorption, so that the peak
 is one of every step; and that a prompt read for `prefill` can be compressed several times: until its end, nothing that a cache does depends
@@ -24,6 +25,7 @@ from torch import Tensor
 from zoo.attention import ATTENTION, Attention, Budget, parse
 from zoo.attention.budgeted import Budgeted
 from zoo.attention.cache import Caches
+from zoo.attention.encoding import Encoding
 from zoo.errors import ZooError
 from zoo.lm import CHUNK, LM
 
@@ -36,12 +38,12 @@ def method_of(spelling: str, protocol: str, tokens: int) -> Attention:
     share = re.fullmatch(r"(sliding:window=)(\d+(?:\.\d+)?%)", spelling.strip())
     if share:
         return parse(share[1] + str(max(1, Budget.parse(share[2]).tokens(tokens))))
-    name = spelling.strip().partition(":")[0]
-    if not issubclass(ATTENTION.get(name, Attention), Budgeted):
+    method, plus, encoding = spelling.strip().partition("+")
+    if not issubclass(ATTENTION.get(method.partition(":")[0].strip(), Attention), (Budgeted, Encoding)):
         return parse(spelling)
     if "when=" in spelling:
         raise ZooError(f"--attn {spelling}: the protocol says when to compress (--protocols prefill,stream); leave `when` out")
-    return parse(spelling.strip() + (",when=" if ":" in spelling else ":when=") + PROTOCOLS[protocol])
+    return parse(method + (",when=" if ":" in method else ":when=") + PROTOCOLS[protocol] + plus + encoding)
 
 
 def same_reading(method: Attention) -> Attention:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from zoo.attention.budgeted import Budgeted
+from zoo.attention.encoding import Encoding
 from zoo.errors import ZooError
 from zoo.eval import protocols
 from zoo.eval.protocols import FullBytes, Run, method_of, same_reading
@@ -112,7 +113,7 @@ class Prompt:
             alike = (question, protocol, same_reading(method) if protocol == "prefill" else spelling)
             readings.setdefault(alike, []).append((row, method))
         for (question, protocol, _), some in readings.items():
-            if not isinstance(some[0][1], Budgeted):
+            if not isinstance(some[0][1], (Budgeted, Encoding)):
                 yield from ((row, self.once(row[2], question, protocol)) for row, _ in some)
                 continue
             run = self.read(some[0][1], question, self.whole and protocol == "stream")
