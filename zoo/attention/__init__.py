@@ -17,6 +17,7 @@ from zoo.attention.h2o import H2O
 from zoo.attention.keydiff import KeyDiff
 from zoo.attention.kivi import Kivi
 from zoo.attention.l2norm import L2Norm
+from zoo.attention.qjl import QJL
 from zoo.attention.sinks import Sinks
 from zoo.attention.sliding import Sliding
 from zoo.attention.snapkv import SnapKV
@@ -24,6 +25,7 @@ from zoo.attention.subgen import SubGen
 from zoo.attention.subgen_kcenter import SubGenKCenter
 from zoo.attention.subgen_paper import SubGenPaper
 from zoo.attention.tova import Tova
+from zoo.attention.turboquant import TurboQuant
 from zoo.attention.uniform import Uniform
 from zoo.errors import ZooError
 
@@ -41,6 +43,8 @@ ATTENTION: dict[str, type[Attention]] = {
     "l2norm": L2Norm,
     "keydiff": KeyDiff,
     "kivi": Kivi,
+    "qjl": QJL,
+    "turboquant": TurboQuant,
 }
 
 

@@ -127,7 +127,7 @@ class EncodedPages(Pages):
         self, encoding: Encoding, layers: int, batch: int, heads: int, size: int, dtype: torch.dtype, device: Any, extra: Any
     ) -> None:
         self.encoding, self.size, self.dtype = encoding, size, dtype
-        self.codes = encoding.codes(size)
+        self.codes, self.spelling = encoding.codes(size), str(encoding)
         self.first: list[list[int]] = []
         super().__init__(layers, batch, heads, size, dtype, device, extra)
         self.OPEN = dict.fromkeys((*self.fields, *self.codes), 0)
@@ -244,9 +244,9 @@ class EncodedPages(Pages):
 class EncodedSlots:
     """What a query reads of encoded pages: `PagedSlots` with codes in place of keys and values."""
 
-    encoding: Encoding
-    codes: Codes
-    tables: Codes
+    name: str  # the encoding's spelling
+    codes: list[Tensor]
+    tables: list[Tensor]
     pos: Tensor
     a: Tensor
     pages: Tensor
@@ -255,8 +255,7 @@ class EncodedSlots:
     window: int | None = None
 
     def arguments(self) -> tuple[Any, ...]:
-        lists = (list(self.codes.values()), list(self.tables.values()))
-        return (self.pos, self.a, self.pages, self.owner, len(self.table), self.window or 0, str(self.encoding), *lists)
+        return (self.pos, self.a, self.pages, self.owner, len(self.table), self.window or 0, self.name, self.codes, self.tables)
 
     def parts(self, q: Tensor, q_pos: Tensor) -> Parts:
         """`slot_parts` of q (B, H, T, D) at q_pos (B, T)."""

@@ -133,8 +133,8 @@ class BudgetedCache(Cache):
         """looped: with a view of each head's rows, for what goes through heads one by one."""
         p = self.pages
         if isinstance(p, EncodedPages):
-            codes = {name: p.get_buffer(name) for name in p.codes}
-            return EncodedSlots(p.encoding, codes, p.tables, p.pos, p.a, self.listed, self.owner, self.table, self.window)
+            codes, tables = ([getattr(p, name) for name in names] for names in (p.codes, p.encoding.shared))
+            return EncodedSlots(p.spelling, codes, tables, p.pos, p.a, self.listed, self.owner, self.table, self.window)
         views = p.views(self.index) if looped and not torch.compiler.is_compiling() else ()
         return PagedSlots(p.k, p.v, p.pos, p.a, self.listed, self.owner, self.table, (), views, self.window)
 
