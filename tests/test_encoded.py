@@ -98,7 +98,7 @@ def test_clusters_in_chunks(lm: LM, ids: Tensor, when: str, one: str) -> None:
     for chunk in (1, 64):
         got = feed(lm, new(lm, f"{attn}+{one}"), ids[:1, :400], 231, chunk)
         assert rms(got - expected) < 0.1 * rms(expected - plain)
-    same = [lm.decode_step(ids[:1, 400], cache) for cache in (whole, copy, copy.expand(2))]
+    same = [lm.decode_step(ids[:1, 400].expand(cache.batch), cache) for cache in (whole, copy.expand(2), copy)]
     assert all((x[0] - same[0][0]).abs().max() < 1e-9 for x in same)
 
 
@@ -119,8 +119,10 @@ def test_exact_up_to_the_residual(lm: LM, ids: Tensor, one: str, when: str) -> N
 @pytest.mark.parametrize("when", WHEN)
 @pytest.mark.parametrize("one", FINE)
 def test_many_bits_are_nearly_exact(lm: LM, ids: Tensor, one: str, when: str) -> None:
-    """At 8 bits every method answers nearly as it does without an encoding, clusters included: nothing is in another's place."""
-    for attn in ("", *(spell(a, budget=160, when=when) for a in ("h2o", "subgen", "sinks:positions=cache", "uniform"))):
+    """At 8 bits a method answers nearly as it does without an encoding: nothing is in another's place. After a prompt all do, clusters
+    included; later, those whose choice does not follow from answers."""
+    choosing = ["h2o", "subgen", "subgen_kcenter:weight=true", "tova"] if when == "prompt" else []
+    for attn in ("", *(spell(a, budget=160, when=when) for a in ("sinks", "sinks:positions=cache", "uniform", *choosing))):
         stacked = f"{attn}+{one}" if attn else spell(one, residual=64, when=when)
         plain = feed(lm, new(lm, attn or "full"), ids[:1, :400], 231, 64)
         off = rms(feed(lm, new(lm, stacked), ids[:1, :400], 231, 64)[:, 231:] - plain[:, 231:])
@@ -193,21 +195,31 @@ def test_a_second_prompt_keeps_bits(lm: LM, ids: Tensor, one: str) -> None:
         assert int(pages_of(cache).share.sum()) > pages
 
 
-@pytest.mark.parametrize("one", ENCODINGS)
-def test_merging_works_on_codes(lm: LM, ids: Tensor, one: str) -> None:
-    """subgen in stream mode: no token is lost, and what a cluster decodes to is near the mean of the tokens that are in it (those of the
-    first layer are the same with and without an encoding), as it is without one."""
-    off = {}
-    for attn in ("subgen:budget=160,when=stream", f"subgen:budget=160,when=stream+{one}", "subgen:budget=160,when=stream+kivi:bits=8"):
-        cache = new(lm, attn)
-        feed(lm, cache, ids[:1, :640], 1, 1000)
-        slots = cache[0].slots()
-        assert slots.a is not None
-        assert (slots.a.exp() * (slots.pos >= 0)).sum(-1).round().tolist() == [[640, 640]]
-        off[attn] = rms(slots.v[slots.pos >= 0].norm(dim=-1) - slots.v[slots.pos >= 0].norm(dim=-1).mean())
-    plain, other, fine = off.values()
-    assert abs(fine / plain - 1) < 0.02
-    assert abs(other / plain - 1) < 0.5
+@pytest.mark.parametrize("one", [*ENCODINGS, "kivi:bits=8"])
+def test_what_is_made_is_what_is_held(lm: LM, ids: Tensor, one: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """subgen while it streams: no token is lost; and after each block, what a cluster decodes to is near what merging made, as near as
+    after the first, however often it has merged."""
+    off: list[float] = []
+    replace = EncodedPages.replace
+
+    def watched(self: EncodedPages, layers: Any, slots: Any) -> None:
+        replace(self, layers, slots)
+        row, pos = slots["row"], slots["pos"]
+        made, now = (pos >= 0) & (row < 0), self.read(layers)
+        match = (now["pos"][:, :, None] == pos[..., None]) & made[..., None]  # newest tokens of a head's slots differ
+        v = torch.where(match[..., None], now["v"][:, :, None], 0).sum(3)
+        assert match.sum(-1)[made].eq(1).all()
+        off.append(rms((v - slots["v"])[made]) / rms(slots["v"][made]))
+
+    monkeypatch.setattr(EncodedPages, "replace", watched)
+    cache = new(lm, f"subgen:budget=160,when=stream+{one}")
+    feed(lm, cache, ids[:1], 1, 1000)
+    slots = cache[0].slots()
+    assert slots.a is not None
+    assert (slots.a.exp() * (slots.pos >= 0)).sum(-1).round().tolist() == [[800, 800]]
+    assert len(off) >= 10
+    bound = {"kivi:bits=4": 0.1, "turboquant:bits=3.5,mode=prod": 0.17, "qjl": 0.5, "kivi:bits=8": 0.006}[one]
+    assert bound / 4 < max(off) < bound
 
 
 @pytest.mark.parametrize("one", ENCODINGS)
@@ -233,7 +245,7 @@ def test_a_page_and_its_vacant_rows(one: str) -> None:
     keep = held["pos"] % 2 == 0
     both = {name: torch.cat((more[name], t), 2) for name, t in held.items()}
     both["pos"] = torch.cat((more["pos"], torch.where(keep, held["pos"], -1)), 2)
-    old = pages.coded(slice(None))
+    old = {name: t.clone() for name, t in pages.coded(slice(None)).items()}
     pages.replace(0, both)
     after = pages.read(0)
     assert torch.equal(after["pos"].where(keep, -1), held["pos"].where(keep, -1))
@@ -258,8 +270,8 @@ def test_a_page_and_its_vacant_rows(one: str) -> None:
 @pytest.mark.parametrize("one", [*ENCODINGS, "turboquant:bits=2"])
 @pytest.mark.parametrize("queries", [1, 5])
 def test_blocks_add_up(lm: LM, ids: Tensor, one: str, queries: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What blocks of pages say, with their log-weights, is the formula over decoded slots, whatever a block's size; so is the attention that
-    slots get. Sequences of different lengths, one of them without pages, and a padded query."""
+    """What blocks of pages say, with their log-weights, is the formula over decoded slots, whatever a block's size; so is the attention
+    that slots get. Sequences of different lengths, one of them without pages, and a padded query."""
     cache = new(lm, f"uniform:budget=60%,when=prompt+{one}", 3)
     lm.prefill(ids[:, :700], cache, [700, 400, 9])
     layer: Any = cache[1]
@@ -306,8 +318,8 @@ def test_nothing_is_decoded_whole(lm: LM, ids: Tensor, one: str, monkeypatch: py
         for start in range(0, tokens, 500):
             for piece, where in cache.split(ids[:1, torch.arange(start, start + 500) % 800]):
                 lm.model.hidden(piece, where, cache)
-    for op in (encoded_parts, encoded_mass):  # as they are inside the operators, where no mode looks
-        monkeypatch.setattr(encoding, op._name.partition("::")[2], op._init_fn)
+    for name, op in (("encoded_parts", encoded_parts), ("encoded_mass", encoded_mass)):
+        monkeypatch.setattr(encoding, name, op._init_fn)  # as they are inside the operators, where no mode looks
     q = torch.randn(1, lm.config.num_attention_heads, 1, 32, dtype=torch.float64)
     with Watch():
         settled = cache[1].read_settled()  # type: ignore[attr-defined]
@@ -370,9 +382,7 @@ def test_a_stacked_stream_stays_small(lm: LM, ids: Tensor, attn: str, one: str) 
 # Spelling, and the evaluation
 
 
-@pytest.mark.parametrize(
-    "attn", [*EVERY, *ALONE, "subgen:delta=4.0,when=prompt+qjl:sketch=3", "kivi", "h2o+kivi", "subgen:delta=1e+1+kivi"]
-)
+@pytest.mark.parametrize("attn", [*EVERY, *ALONE, "subgen:delta=4,when=prompt+qjl:sketch=3", "kivi", "h2o+kivi", "subgen:delta=1e+1+qjl"])
 def test_spelling_goes_there_and_back(attn: str) -> None:
     method = parse(attn)
     assert parse(str(method)) == method
@@ -410,7 +420,7 @@ def test_what_cannot_be_is_told_in_a_line(attn: str, words: list[str]) -> None:
 
 
 def test_the_evaluations_protocols(lm: LM, ids: Tensor) -> None:
-    """Both protocols say when to compress, stacked or alone; a reading is shared by other budgets of the same stack, and by nothing else."""
+    """Both protocols say when to compress, stacked or alone; a reading is shared by other budgets of the same stack, by nothing else."""
     assert method_of("h2o:budget=25%+kivi:bits=4", "prefill", 9) == parse("h2o:budget=25%,when=prompt+kivi:bits=4")
     assert method_of("h2o+kivi", "stream", 9) == parse("h2o:when=stream+kivi")
     assert method_of("kivi:bits=2", "stream", 9) == parse("kivi:bits=2,when=stream")
@@ -438,8 +448,8 @@ def test_a_row_of_each_protocol_is_its_own(lm: LM) -> None:
     from zoo.eval.run import Prompt
     from zoo.eval.tasks import TASKS, Material
 
-    material = Material(lm, "a b c d e f g h " * 900, None)
-    task = TASKS["kl"]
+    material = Material(lm.tokenizer, "a b c d e f g h " * 900)
+    task = TASKS["kl"]()
     prompt = Prompt(lm, task, task.sample(material, "", 300, 0), protocols.FullBytes(lm), False)
     rows = [("", protocol, "kivi:bits=2,residual=64") for protocol in protocols.PROTOCOLS]
     outcomes = dict(prompt.outcomes(rows))
