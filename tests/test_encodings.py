@@ -105,10 +105,31 @@ def test_kivi_by_hand(bits: int, size: int) -> None:
     assert ((got - parts).abs().amax(-1) <= scale / 2 * (1 + 2e-3) + parts.amin(-1).abs() / n * 2**-9).all()
     assert (K - k).square().mean() > scale.mean() ** 2 / 50  # and it is no better than so many bits can be
     assert (K - k)[:, :, 4:].abs().max() < 4 / n
-    old_k, codes_of = encoded(f"kivi:bits={bits}", 0.5 * k, v, codes)[1], codes["k_grid"]
-    assert torch.equal(old_k["k_grid"], codes_of)  # a page's grid stays
     data, grids = encode_tokens(v, bits)
     assert torch.equal(decode_tokens(data, grids, bits, size, torch.float64), V)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_later_key_on_a_grid_that_is_made(bits: int) -> None:
+    """A page's grid stays; keys that lie elsewhere, up to four ranges away, have a grid of their own in its steps: within half such a step,
+    and what is large in one channel leaves another exact to its own scale. The first keys have none: 0 and 1."""
+    k, v = draw(3, PAGE, 64), draw(3, PAGE, 64, seed=1)
+    k[:, :, 3] *= 100
+    k[:, :, 9] = 7.0  # one number: no grid to be on
+    one, codes, tables = encoded(f"kivi:bits={bits}", k, v)
+    assert torch.equal(codes["k_own"], torch.tensor([0.0, 0.0, 1.0, 1.0]).half().expand(3, PAGE, 4))
+    low, high = k.amin(1), k.amax(1)
+    later = k.roll(5, 0) + (high - low)[:, None] * torch.tensor([1.0, -0.5])[torch.arange(64) % 2]
+    later[:, :, 9] = 7.0
+    _, new, _ = encoded(f"kivi:bits={bits}", later, v, codes)
+    assert torch.equal(new["k_grid"], codes["k_grid"])
+    got, scale = one.keys(new, tables, 64, torch.float64), codes["k_grid"].double()[:, None, 64:]
+    own = new["k_own"].double()[..., 2:].repeat_interleave(32, -1)
+    assert ((got - later).abs() <= scale * own / 2 * (1 + 1e-3) + 2e-3 * scale).all()
+    assert float(own.max()) < 3.2
+    assert (got - later)[:, :, 10:].abs().max() < 0.02 * (got - later)[:, :, 3].abs().max()
+    far = encoded(f"kivi:bits={bits}", k + 100 * (high - low)[:, None], v, codes)[1]
+    assert float(far["k_own"].double().abs().max()) <= 5 * (2**bits - 1)
 
 
 # Centroids and rotations

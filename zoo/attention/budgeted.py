@@ -52,6 +52,7 @@ class Budgeted(Attention):
     least: ClassVar[int] = 128  # slots in `decode` and `stream`: recent tokens, the ring, and one page; half of it in `prompt`
     observes: ClassVar[int] = 0  # after the prompt, every how many queries the attention that slots get is added up; 0 = never
     powers: ClassVar[dict[str, int]] = {"mass": 1}  # what is added up: probabilities, and for `spikes` their squares
+    moves: ClassVar[bool] = True  # whether slots come and go, each by itself
     extra: ClassVar[dict[str, torch.dtype]] = {}  # one number each beside a settled slot
 
     def __post_init__(self) -> None:
@@ -113,7 +114,7 @@ class Budgeted(Attention):
     ) -> Caches:
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
         about = (layers, batch, heads, config.head_dim, dtype, device, self.fields(config, dtype))
-        pages = Pages(*about) if self.encoding is None else EncodedPages(self.encoding, *about)
+        pages = Pages(*about) if self.encoding is None else EncodedPages(self.encoding, *about, stacked=self.moves)
         caches = [self.layer(i, pages, rotary, config, batch, dtype, device) for i in range(layers)]
         return self.gather(caches, config, batch, prompt_tokens, device)
 

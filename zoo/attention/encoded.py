@@ -35,6 +35,7 @@ class Whole(Budgeted):
     budget: Budget = EVERYTHING
 
     exact_when: ClassVar[str] = "residual >= tokens"
+    moves: ClassVar[bool] = False
 
     @property
     def residual(self) -> int:

@@ -11,7 +11,7 @@ Nothing is encoded twice:
     - A slot that a method makes (a token that settles, a cluster that has merged) is encoded once, when it is made, from exact tokens and
       from what codes say. So a cluster's code is as far from the mean of its members as one encoding is.
     - What a page's rows share is found when the page is empty, and stays until it is empty again: a slot that comes into a row that
-      another left takes it as it is (on a KIVI grid, it is clipped to the grid's ends).
+      another left takes it as it is, and keeps beside it what it needs to be right all the same (kivi.py).
     - One exception: where a new prompt is compressed and a head then owns fewer pages, what lay in the others is encoded anew.
 
 Reading decodes a block of pages at a time, at most `ROWS` rows, and adds the blocks up by log-sum-exp: there is never a decoded copy of
@@ -71,8 +71,9 @@ class Encoding(Attention):
             raise ZooError(f"{self.name or type(self).__name__.lower()}: {option}={getattr(self, option)} must be {bound}")
 
     @abstractmethod
-    def codes(self, size: int) -> dict[str, Code]:
-        """What is kept of keys and values of this head size."""
+    def codes(self, size: int, stacked: bool = True) -> dict[str, Code]:
+        """What is kept of keys and values of this head size. stacked: slots may come into rows that others left; what only that needs is
+        last."""
 
     def tables(self, size: int) -> dict[str, Tensor]:
         """What all pages of a cache share: rotations, sketches, centroids; float32, by the names in `shared`."""
@@ -124,10 +125,19 @@ class EncodedPages(Pages):
     with its row as it is; row -1 = a slot that was made since."""
 
     def __init__(
-        self, encoding: Encoding, layers: int, batch: int, heads: int, size: int, dtype: torch.dtype, device: Any, extra: Any
+        self,
+        encoding: Encoding,
+        layers: int,
+        batch: int,
+        heads: int,
+        size: int,
+        dtype: torch.dtype,
+        device: Any,
+        extra: Any,
+        stacked: bool = True,
     ) -> None:
         self.encoding, self.size, self.dtype = encoding, size, dtype
-        self.codes, self.spelling = encoding.codes(size), str(encoding)
+        self.codes, self.spelling = encoding.codes(size, stacked), str(encoding)
         self.first: list[list[int]] = []
         super().__init__(layers, batch, heads, size, dtype, device, extra)
         self.OPEN = dict.fromkeys((*self.fields, *self.codes), 0)
@@ -277,7 +287,7 @@ class Blocks:
                  codes: Sequence[Tensor], tables: Sequence[Tensor]) -> None:  # fmt: skip
         self.encoding, self.size = encoding_of(name), q.shape[-1]
         self.tables = dict(zip(self.encoding.shared, tables, strict=True))
-        self.codes = dict(zip(self.encoding.codes(self.size), codes, strict=True))
+        self.codes = dict(zip(self.encoding.codes(self.size), codes, strict=False))
         B, self.window = q.shape[0], window
         q = grouped(q, heads // B)
         self.shape = (heads, *q.shape[2:4])  # (B G, R, T)

@@ -48,7 +48,7 @@ class QJL(Encoding):
         super().__post_init__()
         self.check(1 <= self.sketch <= 64, "sketch", "between 1 and 64")
 
-    def codes(self, size: int) -> dict[str, Code]:
+    def codes(self, size: int, stacked: bool = True) -> dict[str, Code]:
         byte, half, m = torch.uint8, torch.float16, self.sketch * size
         return {
             "k_sign": Code(packed(m, 1), byte),

@@ -91,7 +91,7 @@ class TurboQuant(Encoding):
         more = round((bits - math.floor(bits)) * size / 8) * 8
         return [(n, b) for n, b in ((more, math.floor(bits) + 1), (size - more, math.floor(bits))) if n]
 
-    def codes(self, size: int) -> dict[str, Code]:
+    def codes(self, size: int, stacked: bool = True) -> dict[str, Code]:
         def bytes_(bits: float) -> Code:
             return Code(sum(packed(n, b) for n, b in self.runs(bits, size)), torch.uint8)
 
