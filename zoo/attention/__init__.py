@@ -8,6 +8,7 @@ import math
 import re
 import typing
 
+from zoo.attention.balancekv import BalanceKV
 from zoo.attention.budget import Budget
 from zoo.attention.budgeted import Budgeted
 from zoo.attention.cache import Attention
@@ -42,6 +43,7 @@ ATTENTION: dict[str, type[Attention]] = {
     "tova": Tova,
     "l2norm": L2Norm,
     "keydiff": KeyDiff,
+    "balancekv": BalanceKV,
     "kivi": Kivi,
     "qjl": QJL,
     "turboquant": TurboQuant,
@@ -54,12 +56,17 @@ def options(method: type[Attention]) -> dict[str, tuple[type, object]]:
     return {f.name: (types[f.name], f.default) for f in dataclasses.fields(method) if not f.kw_only}
 
 
+def split(spelling: str) -> list[str]:
+    """What stands between `+`, which is a number's in 1e+3."""
+    return re.split(r"\+(?!\d)", spelling)
+
+
 def parse(spelling: str | Attention) -> Attention:
     """`"sliding:window=4096"` -> Sliding(window=4096); an Attention is returned as it is. Raises ZooError for an unknown name or option,
     listing the known ones, and for a value that is out of bounds, naming the bound."""
     if isinstance(spelling, Attention):
         return spelling
-    first, *others = re.split(r"\+(?!\d)", spelling)  # 1e+3 is a number
+    first, *others = split(spelling)
     return stacked(spelling, parse_one(first), [parse_one(other) for other in others]) if others else parse_one(first)
 
 

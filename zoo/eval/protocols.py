@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.attention import ATTENTION, Attention, Budget, parse
+from zoo.attention import ATTENTION, Attention, Budget, parse, split
 from zoo.attention.budgeted import Budgeted
 from zoo.attention.cache import Caches
 from zoo.attention.encoding import Encoding
@@ -38,12 +38,17 @@ def method_of(spelling: str, protocol: str, tokens: int) -> Attention:
     share = re.fullmatch(r"(sliding:window=)(\d+(?:\.\d+)?%)", spelling.strip())
     if share:
         return parse(share[1] + str(max(1, Budget.parse(share[2]).tokens(tokens))))
-    method, plus, encoding = spelling.strip().partition("+")
-    if not issubclass(ATTENTION.get(method.partition(":")[0].strip(), Attention), (Budgeted, Encoding)):
+    first, *encoding = split(spelling.strip())
+    if not issubclass(ATTENTION.get(first.partition(":")[0].strip(), Attention), (Budgeted, Encoding)):
         return parse(spelling)
     if "when=" in spelling:
         raise ZooError(f"--attn {spelling}: the protocol says when to compress (--protocols prefill,stream); leave `when` out")
-    return parse(method + (",when=" if ":" in method else ":when=") + PROTOCOLS[protocol] + plus + encoding)
+    first += (",when=" if ":" in first else ":when=") + PROTOCOLS[protocol]
+    method = parse("+".join((first, *encoding)))
+    assert isinstance(method, (Budgeted, Encoding))
+    if method.when != PROTOCOLS[protocol]:
+        raise ZooError(f"--attn {spelling}: it has no other form than when={method.when}; --protocols stream")
+    return method
 
 
 def same_reading(method: Attention) -> Attention:
