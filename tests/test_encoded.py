@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from zoo.attention import ATTENTION, encoding, parse
 from zoo.attention.budgeted import SINKS, Budgeted
+from zoo.attention.clustering import row as row_of
 from zoo.attention.encoding import ROWS, EncodedPages, Encoding, encoded_mass, encoded_parts
 from zoo.attention.slots import PAGE, slot_mass, slot_parts
 from zoo.errors import ZooError
@@ -222,6 +223,37 @@ def test_what_is_made_is_what_is_held(lm: LM, ids: Tensor, one: str, monkeypatch
     assert bound / 4 < max(off) < bound
 
 
+@pytest.mark.parametrize("when", ["decode", "stream"])
+@pytest.mark.parametrize("one", ENCODINGS)
+def test_a_halved_value_keeps_its_code(lm: LM, ids: Tensor, one: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """balancekv multiplies some values that it has settled by 1/2: they decode to just that, and all else of their codes stays. Of two sequences, one has nothing to halve where the other does."""
+    halved, replace, factor = 0, EncodedPages.replace, parse(one).factor  # type: ignore[attr-defined]
+
+    def bits(pages: EncodedPages, layers: Any) -> list[Tensor]:
+        rows = pages.rows(layers)
+        return [t.flatten(0, 1)[rows] for name in pages.codes if name != factor and (t := getattr(pages, name)).shape[1:2] == (PAGE,)]
+
+    def watched(self: EncodedPages, layers: Any, slots: Any) -> None:
+        nonlocal halved
+        layers = [layers] if isinstance(layers, int) else layers
+        held, old = self.read(layers), bits(self, layers)
+        stays = (slots["pos"] >= 0) & (slots["row"] >= 0)
+        row = slots["row"].clamp(min=0)
+        wanted = torch.where(stays[..., None], slots["v"], 0)
+        halved += int((row_of(held["v"], row)[stays] * 0.5 == wanted[stays]).all(-1).sum())
+        replace(self, layers, slots)
+        assert torch.equal(row_of(self.read(layers)["v"], row)[stays], wanted[stays])
+        for x, y in zip(old, bits(self, layers), strict=True):
+            assert torch.equal(row_of(x, row)[stays], row_of(y, row)[stays])
+
+    monkeypatch.setattr(EncodedPages, "replace", watched)
+    cache = new(lm, f"balancekv:budget=160,when={when}+{one}", 2)
+    lm.prefill(ids[:2, :300], cache, [300, 170])
+    for t in range(300, 600):
+        lm.decode_step(ids[:2, t], cache)
+    assert halved > 30
+
+
 @pytest.mark.parametrize("one", ENCODINGS)
 def test_a_page_and_its_vacant_rows(one: str) -> None:
     """`replace` with some rows kept: those come first that were there, each where it was; others go to free rows, also where the first
@@ -409,6 +441,7 @@ def test_spelling_goes_there_and_back(attn: str) -> None:
         ("turboquant:bits=0.5", ["bits=0.5", "between 1 and 8"]),
         ("turboquant:mode=max", ["mode=max", "mse, prod"]),
         ("qjl:sketch=0", ["sketch=0", "between 1 and 64"]),
+        ("balancekv:mode=tree+kivi", ["balancekv", "mode=tree", "kivi:bits=4", "mode=halve"]),
         ("h2o:encoding=kivi", ["unknown option", "budget", "age"]),
     ],
 )

@@ -60,6 +60,7 @@ class Encoding(Attention):
     exact_when: ClassVar[str] = "residual >= tokens"
     main: ClassVar[str] = "bits"
     shared: ClassVar[tuple[str, ...]] = ()  # names of `tables`
+    factor: ClassVar[str] = "v_grid"  # the code that decoded values are proportional to
 
     def __post_init__(self) -> None:
         self.check(PAGE <= self.residual <= 2**31 and self.residual % PAGE == 0, "residual", f"a multiple of {PAGE}, at least {PAGE}")
@@ -122,7 +123,8 @@ class EncodedPages(Pages):
     """Pages that hold codes in place of keys and values. A head's slots lie in its rows in any order, with rows free between them.
 
     Slots as `read` gives them have a field more, `row`: where in its head a slot lies. `replace` leaves the code of a slot that comes back
-    with its row as it is; row -1 = a slot that was made since."""
+    with its row as it is; row -1 = a slot that was made since. A method may hand back `times`, too: by which power of 2 the value of a slot
+    that stays was multiplied since (balancekv.py). That is said by its code's own factor, without another code."""
 
     def __init__(
         self,
@@ -215,6 +217,9 @@ class EncodedPages(Pages):
             if clear and name in EMPTY:
                 flat[rows] = EMPTY[name]
             flat[at] = slots[name][there].to(flat.dtype)
+        if "times" in slots:
+            stay, factor = there & ~new, self.get_buffer(self.encoding.factor).flatten(0, 1)
+            factor[rows.gather(2, place)[stay]] *= slots["times"][stay][:, None].to(factor.dtype)
         if not bool(new.any()):
             return
         A, G, R = rows.shape

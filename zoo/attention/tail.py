@@ -281,6 +281,8 @@ def renewed(layers: Sequence[BudgetedCache], seen: Tensor, which: Tensor, room: 
     if bool(which.all()):
         return new
     old = settled(layers)
+    if "times" in new:
+        old["times"] = torch.ones_like(old["a"])
     n = max(old["pos"].shape[2], new["pos"].shape[2])
 
     def padded(name: str, t: Tensor) -> Tensor:

@@ -76,6 +76,7 @@ class TurboQuant(Encoding):
     seed: int = 0
 
     shared: ClassVar[tuple[str, ...]] = ("rotation", "sketch", "centroids")
+    factor: ClassVar[str] = "v_norm"
 
     def __post_init__(self) -> None:
         super().__post_init__()
