@@ -226,7 +226,8 @@ def test_what_is_made_is_what_is_held(lm: LM, ids: Tensor, one: str, monkeypatch
 @pytest.mark.parametrize("when", ["decode", "stream"])
 @pytest.mark.parametrize("one", ENCODINGS)
 def test_a_halved_value_keeps_its_code(lm: LM, ids: Tensor, one: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """balancekv multiplies some values that it has settled by 1/2: they decode to just that, and all else of their codes stays. Of two sequences, one has nothing to halve where the other does."""
+    """balancekv multiplies some values that it has settled by 1/2: they decode to just that, and all else of
+    their codes stays. Of two sequences, one has nothing to halve where the other does."""
     halved, replace, factor = 0, EncodedPages.replace, parse(one).factor  # type: ignore[attr-defined]
 
     def bits(pages: EncodedPages, layers: Any) -> list[Tensor]:
