@@ -34,6 +34,7 @@ WHOLE = ALONE + [
     if attn != "subgen"
     for when, one in zip(WHEN, ENCODINGS, strict=True)
 ]
+OFF = {"kivi:bits=4": (0.1, 0.1), "turboquant:bits=3.5,mode=prod": (0.25, 0.17), "qjl": (0.5, 0.5)}  # at most, of keys and values, relative
 FINE = ["kivi:bits=8", "turboquant:bits=8", "turboquant:bits=8,mode=prod"]  # so many bits that little is left to see
 __all__ = ["lms"]
 
@@ -115,6 +116,33 @@ def test_exact_up_to_the_residual(lm: LM, ids: Tensor, one: str, when: str) -> N
     got = feed(lm, new(lm, attn), ids[:1, :320], 200, 64)
     assert (got - true)[:, 201:].abs().max() > 1e-2
     assert ((got - true)[:, :200].abs().max() < 1e-4) == (when != "stream")  # a prompt is read exactly
+
+
+@pytest.mark.parametrize("attn", BUDGETED)
+def test_every_pair_after_a_prompt(lm: LM, ids: Tensor, attn: str) -> None:
+    """Every method x every encoding: the slots are those that the method has settled without one, position, weight and head, and keys and
+    values are as far from them as the encoding is from anything."""
+    plain = new(lm, attn := spell(attn, budget="40%", when="prompt"))
+    lm.prefill(ids[:1, :400], plain)
+    for one, (of_k, of_v) in OFF.items():
+        cache = new(lm, f"{attn}+{one}")
+        lm.prefill(ids[:1, :400], cache)
+        for layer in range(len(cache)):
+            is_, was = (by_position(c[0].pages.read(layer)) for c in (cache, plain))  # type: ignore[union-attr]
+            assert torch.equal(is_["pos"], was["pos"])
+            assert (is_["a"] - was["a"]).abs().max() < 1e-6
+            assert of_k / 2 < rms(is_["k"] - was["k"]) / rms(was["k"]) < of_k
+            assert of_v / 2 < rms(is_["v"] - was["v"]) / rms(was["v"]) < of_v
+        assert pages_of(cache).used(0) < 0.6 * plain[0].pages.used(0)  # type: ignore[union-attr]
+
+
+def by_position(slots: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What there is, (N, ...): heads one after the other, each in the order of positions."""
+    order = slots["pos"].argsort(-1)
+    sorted_ = {
+        name: row_of(t, order) if t.dim() == 4 else t.gather(2, order) for name, t in slots.items() if name in ("k", "v", "a", "pos")
+    }
+    return {name: t[sorted_["pos"] >= 0] for name, t in sorted_.items()}
 
 
 @pytest.mark.parametrize("when", WHEN)
