@@ -14,8 +14,9 @@ Nothing is encoded twice:
       another left takes it as it is, and keeps beside it what it needs to be right all the same (kivi.py).
     - One exception: where a new prompt is compressed and a head then owns fewer pages, what lay in the others is encoded anew.
 
-Reading decodes a block of pages at a time, at most `ROWS` rows, and adds the blocks up by log-sum-exp: there is never a decoded copy of
-what is held. Between steps a method looks at its slots decoded (`Pages.read`), as many layers at once as it works on.
+Reading decodes a block of pages at a time, at most `ROWS` rows, and adds the blocks up by log-sum-exp: no step has a decoded copy of what
+is held. Alone, nothing ever has. Between steps a stacked method looks at its slots decoded (`Pages.read`), as many layers at once as it
+works on; where a later prompt is compressed, all of them, beside that prompt's exact tokens.
 """
 
 from __future__ import annotations

@@ -88,9 +88,9 @@ class BudgetedCache(Cache):
     def answer(self, q: Tensor, pos: Tensor) -> Tensor:
         """The output for queries whose keys have been written."""
         tail = self.store.read(self.window)
-        kernel = self.kernels(q)
-        fused = kernel is None and flashes(self.backend, q)
         some = torch.compiler.is_compiling() or any(self.pages.count[self.index])  # a compiled step always asks for both
+        kernel = self.kernels(q, some)
+        fused = kernel is None and flashes(self.backend, q)
         observing = self.method.observes > 0 and self.store.mass is not None
         looks = torch.compiler.is_compiling() or self.looks
         if not some and not observing:
@@ -108,9 +108,9 @@ class BudgetedCache(Cache):
             self.observe(q, pos, whole, tail, settled)
         return whole.num.view(q.shape).to(q.dtype) if fused and not isinstance(settled, EncodedSlots) else finish(whole, q.dtype)
 
-    def kernels(self, q: Tensor) -> Kernels | None:
-        """Those of the backend; for codes there are none."""
-        return None if isinstance(self.pages, EncodedPages) else kernels(self.backend, q, self.store.k.shape[1])
+    def kernels(self, q: Tensor, settled: bool = True) -> Kernels | None:
+        """Those of the backend, for a tail and for what is settled; for codes there are none."""
+        return None if settled and isinstance(self.pages, EncodedPages) else kernels(self.backend, q, self.store.k.shape[1])
 
     def answer_by(self, kernel: Kernels, q: Tensor, pos: Tensor, tail: Slots, settled: PagedSlots | None, observing: bool) -> Tensor:
         """The same by kernels: one softmax over tail and pages, and what both received."""
