@@ -210,6 +210,9 @@ def test_a_run_keeps_its_summary(tmp_path: Path) -> None:
         ("subgen:scores=expected,budget=25%/256", "subgen:scores=expected", "25%/256"),
         ("subgen:budget=1024,heads=uniform", "subgen:heads=uniform", "1024"),
         ("subgen:delta=6", "subgen", "delta=6"),
+        ("subgen:delta=1e+1", "subgen", "delta=1e+1"),
+        ("subgen:budget=25%+kivi:bits=4", "subgen+kivi:bits=4", "25%"),
+        ("h2o:budget=25%,age=true+kivi:bits=4", "h2o:age=true+kivi:bits=4", "25%"),
     ],
 )
 def test_lines_and_panels(attn: str, family: str, budget: str) -> None:

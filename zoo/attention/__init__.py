@@ -1,18 +1,24 @@
-"""Attention methods by name. One spelling everywhere: `name:option=value,option=value`, such as `subgen:budget=25%`."""
+"""Attention methods by name. One spelling everywhere: `name:option=value,option=value`, such as `subgen:budget=25%`; and `+`, which stores
+what a method with a budget keeps as an encoding's codes: `subgen:budget=25%+kivi:bits=4`."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import typing
 
 from zoo.attention.balancekv import BalanceKV
 from zoo.attention.budget import Budget
+from zoo.attention.budgeted import Budgeted
 from zoo.attention.cache import Attention
+from zoo.attention.encoding import Encoding
 from zoo.attention.full import Full
 from zoo.attention.h2o import H2O
 from zoo.attention.keydiff import KeyDiff
+from zoo.attention.kivi import Kivi
 from zoo.attention.l2norm import L2Norm
+from zoo.attention.qjl import QJL
 from zoo.attention.sinks import Sinks
 from zoo.attention.sliding import Sliding
 from zoo.attention.snapkv import SnapKV
@@ -20,6 +26,7 @@ from zoo.attention.subgen import SubGen
 from zoo.attention.subgen_kcenter import SubGenKCenter
 from zoo.attention.subgen_paper import SubGenPaper
 from zoo.attention.tova import Tova
+from zoo.attention.turboquant import TurboQuant
 from zoo.attention.uniform import Uniform
 from zoo.errors import ZooError
 
@@ -37,13 +44,21 @@ ATTENTION: dict[str, type[Attention]] = {
     "l2norm": L2Norm,
     "keydiff": KeyDiff,
     "balancekv": BalanceKV,
+    "kivi": Kivi,
+    "qjl": QJL,
+    "turboquant": TurboQuant,
 }
 
 
 def options(method: type[Attention]) -> dict[str, tuple[type, object]]:
     """Option name -> (type, default) of a method."""
     types = typing.get_type_hints(method)
-    return {f.name: (types[f.name], f.default) for f in dataclasses.fields(method)}
+    return {f.name: (types[f.name], f.default) for f in dataclasses.fields(method) if not f.kw_only}
+
+
+def split(spelling: str) -> list[str]:
+    """What stands between `+`, which is a number's in 1e+3."""
+    return re.split(r"\+(?!\d)", spelling)
 
 
 def parse(spelling: str | Attention) -> Attention:
@@ -51,6 +66,25 @@ def parse(spelling: str | Attention) -> Attention:
     listing the known ones, and for a value that is out of bounds, naming the bound."""
     if isinstance(spelling, Attention):
         return spelling
+    first, *others = split(spelling)
+    return stacked(spelling, parse_one(first), [parse_one(other) for other in others]) if others else parse_one(first)
+
+
+def stacked(spelling: str, method: Attention, encodings: list[Attention]) -> Attention:
+    """A method with a budget, its settled slots encoded. Raises ZooError for what cannot be stacked."""
+    if isinstance(method, Budgeted) and len(encodings) == 1 and isinstance(encoding := encodings[0], Encoding):
+        alone = [name for name in ("residual", "when") if getattr(encoding, name) != getattr(type(encoding), name)]
+        if alone:
+            raise ZooError(
+                f"{spelling}: {alone[0]} is for {str(encoding).partition(':')[0]} alone; stacked, {method} says what stays exact"
+            )
+        return dataclasses.replace(method, encoding=encoding)
+    on, under = (", ".join(n for n, kind in ATTENTION.items() if issubclass(kind, k)) for k in (Budgeted, Encoding))
+    raise ZooError(f"{spelling}: + stacks one method with a budget ({on}) on one encoding ({under})")
+
+
+def parse_one(spelling: str) -> Attention:
+    """A method without `+`."""
     name, colon, rest = spelling.strip().partition(":")
     if name not in ATTENTION:
         raise ZooError(f"unknown attention method {name!r}; known: {', '.join(sorted(ATTENTION))}")

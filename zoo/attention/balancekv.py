@@ -43,6 +43,7 @@ from zoo.attention.clustering import row
 from zoo.attention.slots import PAGE
 from zoo.attention.store import Pages
 from zoo.attention.tail import BudgetedCache, Make
+from zoo.errors import ZooError
 
 AT_ONCE = 2**14  # tokens and slots of all heads that are worked on together
 MODES = ("halve", "tree")
@@ -93,6 +94,8 @@ class BalanceKV(Budgeted):
             self.check(getattr(self, name) == defaults[name], name, f"left out where mode={self.mode}")
         if self.mode == "tree":
             self.check(self.when in (defaults["when"], "stream"), "when", "left out, or stream, where mode=tree")
+            if self.encoding is not None:
+                raise ZooError(f"balancekv: mode=tree keeps keys and values apart, in no pages; {self.encoding} stacks under mode=halve")
             object.__setattr__(self, "when", "stream")  # there is no other
             object.__setattr__(self, "exact_when", "tokens < batch")
 
@@ -143,6 +146,8 @@ class Halving:
     def compress(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, which: Tensor) -> dict[str, Tensor]:
         """Halve until each head has at most room (A, G) slots."""
         pos = slots["pos"].long()
+        if "row" in slots and self.method.weights == "values":  # of encoded pages: what is halved there keeps its code
+            slots["times"] = torch.ones_like(slots["a"])
         sinks = torch.minimum(room // 2, torch.full_like(room, self.method.sinks))[..., None]
         while bool((excess := (slots["pos"] >= 0).sum(-1) - room).gt(0).any()):
             free = (slots["pos"] >= 0) & (pos >= sinks)
@@ -177,6 +182,8 @@ class Halving:
             new |= {"a": a + w.log(), "level": was + 1}
         else:
             new |= {"a": a + math.log(2), "v": v * (w / 2).to(v.dtype)[..., None]}
+            if "times" in slots:
+                new["times"] = slots["times"].gather(2, at) * w / 2
         for name, t in new.items():
             # One row more, for what is not valid to be written to.
             wide = torch.nn.functional.pad(slots[name], (0, 0) * (t.dim() - 3) + (0, 1))

@@ -14,6 +14,7 @@ tokens are absorbed. All of it is charged to the budget.
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from zoo.attention.budget import Budget
 from zoo.attention.cache import BLOCK, Attention, Caches
+from zoo.attention.encoding import WHEN, EncodedPages, Encoding
 from zoo.attention.slots import PAGE
 from zoo.attention.store import Pages
 from zoo.attention.tail import GROWING, MASSES, BudgetedCache, put, renewed, settled
@@ -31,7 +33,6 @@ from zoo.errors import ZooError
 
 SINKS = 4  # the first tokens of a sequence, which models attend to whatever they say (StreamingLLM, arXiv 2309.17453)
 QUARTER = Budget(25, percent=True, least=256)
-WHEN = ("prompt", "decode", "stream")
 
 
 def names(values: Sequence[str]) -> str:
@@ -45,11 +46,13 @@ class Budgeted(Attention):
 
     budget: Budget = QUARTER
     when: str = "decode"
+    encoding: Encoding | None = dataclasses.field(default=None, kw_only=True)  # of settled slots: `+kivi:bits=4`
 
     exact_when: ClassVar[str] = "budget >= tokens"
     least: ClassVar[int] = 128  # slots in `decode` and `stream`: recent tokens, the ring, and one page; half of it in `prompt`
     observes: ClassVar[int] = 0  # after the prompt, every how many queries the attention that slots get is added up; 0 = never
     powers: ClassVar[dict[str, int]] = {"mass": 1}  # what is added up: probabilities, and for `spikes` their squares
+    moves: ClassVar[bool] = True  # whether slots come and go, each by itself
     extra: ClassVar[dict[str, torch.dtype]] = {}  # one number each beside a settled slot
 
     def __post_init__(self) -> None:
@@ -64,6 +67,9 @@ class Budgeted(Attention):
         """Raises ZooError, naming the bound, unless `good`."""
         if not good:
             raise ZooError(f"{self.name or type(self).__name__.lower()}: {option}={getattr(self, option)} must be {bound}")
+
+    def __str__(self) -> str:
+        return super().__str__() + (f"+{self.encoding}" if self.encoding else "")
 
     @property
     def floor(self) -> int:
@@ -107,7 +113,8 @@ class Budgeted(Attention):
         self, config: Any, rotary: Any, batch: int, max_tokens: int | None, prompt_tokens: int | None, dtype: torch.dtype, device: Any
     ) -> Caches:
         layers, heads = config.num_hidden_layers, config.num_key_value_heads
-        pages = Pages(layers, batch, heads, config.head_dim, dtype, device, self.fields(config, dtype))
+        about = (layers, batch, heads, config.head_dim, dtype, device, self.fields(config, dtype))
+        pages = Pages(*about) if self.encoding is None else EncodedPages(self.encoding, *about, stacked=self.moves)
         caches = [self.layer(i, pages, rotary, config, batch, dtype, device) for i in range(layers)]
         return self.gather(caches, config, batch, prompt_tokens, device)
 
@@ -168,8 +175,7 @@ class BudgetedCaches(Caches):
             return
         self.held.copy_(self.budget_of(self.tokens_seen.tolist()))
         over = self.tokens_seen > self.held - int(self.method.when != "prompt")  # a bounded cache needs room for the next token
-        pos, recent = self[0].store.pos[:, 0], self[0].recent
-        over &= ((pos >= 0) & (pos < (self.tokens_seen - recent)[:, None])).any(1)  # else nothing has come since it was compressed
+        over &= self[0].settles(self.tokens_seen).any(1) | (~self.bounded & (self.method.when != "prompt"))  # else nothing has come since
         if bool(over.any()):
             self.compress(over)
         for cache in self:
@@ -188,8 +194,7 @@ class BudgetedCaches(Caches):
         if bool(full.any()):
             self.compress(full)
         due = self.bounded & (self.tokens_seen % self.method.block == 0)
-        pos = self[0].store.pos[:, 0]
-        if bool((due[:, None] & (pos >= 0) & (pos < (self.tokens_seen - self[0].recent)[:, None])).any()):
+        if bool((due[:, None] & self[0].settles(self.tokens_seen)).any()):
             self.absorb(due)
 
     def absorb(self, due: Tensor) -> None:

@@ -314,6 +314,7 @@ class Attention:
     def __str__(self) -> str:
         """As it is spelled: options that have their default are left out, but for the one a method is about."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        shown = {f.name: values[f.name] for f in dataclasses.fields(self) if f.name == self.main or values[f.name] != f.default}
+        own = [f for f in dataclasses.fields(self) if not f.kw_only]
+        shown = {f.name: values[f.name] for f in own if f.name == self.main or values[f.name] != f.default}
         options = ",".join(f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in shown.items())
         return (self.name or type(self).__name__.lower()) + (f":{options}" if options else "")

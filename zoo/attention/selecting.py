@@ -14,10 +14,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from zoo.attention.backends import kernels
 from zoo.attention.budgeted import Budgeted
 from zoo.attention.cache import BLOCK
-from zoo.attention.slots import merge, paged_mass, paged_parts, slot_mass, slot_parts
+from zoo.attention.slots import PagedSlots, merge, slot_mass, slot_parts
 from zoo.attention.store import Pages
 from zoo.attention.tail import BudgetedCache, Make
 
@@ -75,11 +74,12 @@ class SelectingCache(BudgetedCache):
             return
         q, pos = self.asked[:, 1:].transpose(1, 2), self.asked_pos[:, 1:]
         tail, settled = self.store.read(self.window), self.read_settled()
-        if (kernel := kernels(self.backend, q, tail.k.shape[1])) is not None:
+        if (kernel := self.kernels(q)) is not None:
+            assert isinstance(settled, PagedSlots)
             _, (mass, _), (settled_mass, _) = kernel.attention_and_mass(q, pos, tail, settled, self.spans, (pos >= 0).float())
         else:
-            whole = merge(slot_parts(q, pos, tail), paged_parts(q, pos, settled))
-            mass, settled_mass = slot_mass(q, pos, tail, whole), paged_mass(q, pos, settled, whole)
+            whole = merge(slot_parts(q, pos, tail), settled.parts(q, pos))
+            mass, settled_mass = slot_mass(q, pos, tail, whole), settled.mass(q, pos, whole)
         assert self.store.mass is not None
         assert self.mass is not None
         self.store.mass.copy_(mass)  # in place: a compiled step knows how these tensors lie

@@ -73,6 +73,8 @@ class CountedCache(SelectingCache):
         oldest = torch.where(pos >= SINKS, pos, seen[:, None, None]).amin((1, 2))
         turned = self.rotary[0].rotate(self.first, torch.arange(SINKS, device=pos.device) + (oldest - SINKS).clamp(min=0)[:, None])
         sink = ((pos >= 0) & (pos < SINKS))[..., None]
+        if "row" in kept:  # what is turned is another key, encoded from the exact one
+            kept["row"] = torch.where(sink[..., 0], -1, kept["row"])
         kept["k"] = torch.where(sink, turned.gather(2, pos.clamp(0, SINKS - 1)[..., None].expand(kept["k"].shape)), kept["k"])
         return kept
 

@@ -64,6 +64,12 @@ class PagedSlots:
     views: Sequence[tuple[int, Tensor, Tensor, Tensor, Tensor]] | None = None
     window: int | None = None
 
+    def parts(self, q: Tensor, q_pos: Tensor) -> Parts:
+        return paged_parts(q, q_pos, self)
+
+    def mass(self, q: Tensor, q_pos: Tensor, whole: Parts, queries: Tensor | None = None, power: int = 1) -> Tensor:
+        return paged_mass(q, q_pos, self, whole, queries, power)
+
 
 class Parts(NamedTuple):
     """An unnormalised sum over slots: num (B, G, R, T, D) is scaled by exp(-max_num), den (B, G, R, T) by exp(-max_den)."""

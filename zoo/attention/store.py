@@ -143,8 +143,7 @@ class Pages(nn.Module):
     ) -> None:
         super().__init__()
         self.fields: dict[str, tuple[int, torch.dtype]] = {
-            "k": (head_dim, dtype),
-            "v": (head_dim, dtype),
+            **self.rows_of(head_dim, dtype),
             "a": (0, torch.float32),
             "pos": (0, torch.int32),
             **(extra or {}),
@@ -152,6 +151,9 @@ class Pages(nn.Module):
         self.OPEN = dict.fromkeys(self.fields, 0)
         self.device = device
         self.lay_out(torch.zeros(layers, batch, heads, dtype=torch.int32))
+
+    def rows_of(self, head_dim: int, dtype: torch.dtype) -> dict[str, tuple[int, torch.dtype]]:
+        return {"k": (head_dim, dtype), "v": (head_dim, dtype)}
 
     def lay_out(self, share: Tensor) -> None:
         """Give every head this many empty pages (L, B, G), in place of what it owned."""
@@ -221,6 +223,10 @@ class Pages(nn.Module):
         rows = self.rows([layers] if isinstance(layers, int) else layers)
         return {name: getattr(self, name).flatten(0, 1)[rows] for name in self.fields}
 
+    def held(self, layers: int | Sequence[int]) -> dict[str, Tensor]:
+        """What `replace` needs to write the same slots again, after pages were laid out anew."""
+        return self.read(layers)
+
     def replace(self, layers: int | Sequence[int], slots: Mapping[str, Tensor]) -> None:
         """Write slots, given as `read` gives them; those with pos -1 and what is beyond a head's pages are left out. Slots must come
         first: a head's n-th slot goes to its n-th row."""
@@ -243,7 +249,7 @@ class Pages(nn.Module):
     def expand_batch(self, batch: int) -> None:
         """The one sequence's pages, `batch` times."""
         share = self.share.repeat_interleave(batch, 1)
-        old = [self.read(layer) for layer in range(len(share))]
+        old = [self.held(layer) for layer in range(len(share))]
         self.lay_out(share.cpu())
         for layer, slots in enumerate(old):
             self.replace(layer, {name: t.repeat_interleave(batch, 0) for name, t in slots.items()})

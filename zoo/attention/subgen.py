@@ -76,7 +76,7 @@ class SubGen(Budgeted):
             self.check(self.heads == "prompt", "heads", "left out where delta is given")
 
     def __str__(self) -> str:
-        return super().__str__().replace(f"budget={self.budget},", "") if self.delta else super().__str__()
+        return super().__str__().replace(f"budget={self.budget},", "", 1) if self.delta else super().__str__()
 
     @property
     def bounded(self) -> bool:
@@ -336,7 +336,7 @@ class SubGenCaches(BudgetedCaches):
         pages = self.pages[0]
         for cache in self:
             put([cache], settled([cache]))
-        old, share = [pages.read(i) for i in range(len(self))], pages.share.clone()
+        old, share = [pages.held(i) for i in range(len(self))], pages.share.clone()
         wanted = torch.maximum((need + PAGE - 1) // PAGE, 2 * share[layers])
         share[layers] = torch.where(need > share[layers] * PAGE, wanted.to(share.dtype), share[layers])
         pages.lay_out(share.cpu())

@@ -119,6 +119,9 @@ class Maker:
             values, mean = slots[name].flatten(0, 2), total_of / total.clamp(min=1e-30)
             mean = self.by.rounded(mean, values.dtype, self.method.seed, *place, torch.full_like(clusters, which))
             new[name] = values.index_select(0, member).index_copy_(0, clusters, mean).view(*label.shape[:2], size, -1)
+        if "row" in slots:  # of encoded pages: what is alone keeps its code
+            own_row = slots["row"].flatten()[member].view(label.shape[0], G, size)
+            new["row"] = torch.where(gathered(label, torch.ones_like(u), size) == 1, own_row, -1)
         return new | {name: gathered(label, slots[name], size) for name in self.method.beside}
 
     def stream(self, slots: dict[str, Tensor], seen: Tensor, room: Tensor, due: Tensor) -> dict[str, Tensor]:

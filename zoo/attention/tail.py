@@ -15,6 +15,7 @@ from torch import Tensor
 
 from zoo.attention.backends import Kernels, attention, flashes, kernels
 from zoo.attention.cache import Cache, round_up
+from zoo.attention.encoding import EncodedPages, EncodedSlots
 from zoo.attention.slots import (
     PAGE,
     PagedSlots,
@@ -26,8 +27,6 @@ from zoo.attention.slots import (
     flash_pages,
     flash_slots,
     merge,
-    paged_mass,
-    paged_parts,
     slot_mass,
     slot_parts,
 )
@@ -89,25 +88,29 @@ class BudgetedCache(Cache):
     def answer(self, q: Tensor, pos: Tensor) -> Tensor:
         """The output for queries whose keys have been written."""
         tail = self.store.read(self.window)
-        kernel = kernels(self.backend, q, tail.k.shape[1])
-        fused = kernel is None and flashes(self.backend, q)
         some = torch.compiler.is_compiling() or any(self.pages.count[self.index])  # a compiled step always asks for both
+        kernel = self.kernels(q, some)
+        fused = kernel is None and flashes(self.backend, q)
         observing = self.method.observes > 0 and self.store.mass is not None
         looks = torch.compiler.is_compiling() or self.looks
         if not some and not observing:
             return attention(q, pos, tail, self.backend)
         settled = self.read_settled(looped=fused) if some else None
         if kernel is not None:
+            assert not isinstance(settled, EncodedSlots)
             return self.answer_by(kernel, q, pos, tail, settled, observing and looks)
-        if fused:
-            whole = flash_slots(q, pos, tail)
-            whole = whole if settled is None else blend(whole, flash_pages(q, pos, settled))
-        else:
-            whole = slot_parts(q, pos, tail)
-            whole = whole if settled is None else merge(whole, paged_parts(q, pos, settled))
+        whole = flash_slots(q, pos, tail) if fused else slot_parts(q, pos, tail)
+        if fused and isinstance(settled, PagedSlots):
+            whole = blend(whole, flash_pages(q, pos, settled))
+        elif settled is not None:
+            whole = merge(whole, settled.parts(q, pos))
         if observing and looks:
             self.observe(q, pos, whole, tail, settled)
-        return whole.num.view(q.shape).to(q.dtype) if fused else finish(whole, q.dtype)
+        return whole.num.view(q.shape).to(q.dtype) if fused and not isinstance(settled, EncodedSlots) else finish(whole, q.dtype)
+
+    def kernels(self, q: Tensor, settled: bool = True) -> Kernels | None:
+        """Those of the backend, for a tail and for what is settled; for codes there are none."""
+        return None if settled and isinstance(self.pages, EncodedPages) else kernels(self.backend, q, self.store.k.shape[1])
 
     def answer_by(self, kernel: Kernels, q: Tensor, pos: Tensor, tail: Slots, settled: PagedSlots | None, observing: bool) -> Tensor:
         """The same by kernels: one softmax over tail and pages, and what both received."""
@@ -126,13 +129,16 @@ class BudgetedCache(Cache):
         every = 1 if self.prompt_open else self.method.observes
         return (pos >= 0) & (pos % max(every, 1) == 0), every
 
-    def read_settled(self, looped: bool = False) -> PagedSlots:
+    def read_settled(self, looped: bool = False) -> PagedSlots | EncodedSlots:
         """looped: with a view of each head's rows, for what goes through heads one by one."""
         p = self.pages
+        if isinstance(p, EncodedPages):
+            codes, tables = ([getattr(p, name) for name in names] for names in (p.codes, p.encoding.shared))
+            return EncodedSlots(p.spelling, codes, tables, p.pos, p.a, self.listed, self.owner, self.table, self.window)
         views = p.views(self.index) if looped and not torch.compiler.is_compiling() else ()
         return PagedSlots(p.k, p.v, p.pos, p.a, self.listed, self.owner, self.table, (), views, self.window)
 
-    def observe(self, q: Tensor, pos: Tensor, whole: Parts, tail: Slots, settled: PagedSlots | None) -> None:
+    def observe(self, q: Tensor, pos: Tensor, whole: Parts, tail: Slots, settled: PagedSlots | EncodedSlots | None) -> None:
         """Add up the attention that slots get, to the method's `powers`. Never more than the queries of one call x slots."""
         counts, every = self.counted(pos)
         eager = not torch.compiler.is_compiling()
@@ -151,7 +157,7 @@ class BudgetedCache(Cache):
             getattr(self.store, name).add_(new)
             mine = getattr(self, name)
             if settled is not None and mine is not None:
-                mine.add_(paged_mass(q, pos, settled, whole, weight, power))
+                mine.add_(settled.mass(q, pos, whole, weight, power))
 
     def reserve(self, ends: Tensor, most: int | None) -> Tensor:
         growing = self.ring == GROWING  # what is a ring has all the rows it needs
@@ -182,10 +188,14 @@ class BudgetedCache(Cache):
         which (A,)) -> at most `room` slots, those that hold something first. Sequences that `which` does not name have no candidates but
         what they own, and keep it."""
 
+    def settles(self, seen: Tensor) -> Tensor:
+        """(B, rows) bool: what is in the tail, and older than the recent tokens at lengths seen (B,)."""
+        pos = self.store.pos[:, 0].long()
+        return (pos >= 0) & (pos < (seen - self.recent)[:, None])
+
     def drop(self, seen: Tensor, which: Tensor) -> None:
         """Empty the tail's rows of what was handed to `compress`."""
-        pos = self.store.pos[:, 0]
-        self.store.free(((pos < (seen - self.recent)[:, None]) & which[:, None])[:, None])
+        self.store.free((self.settles(seen) & which[:, None])[:, None])
 
     def lay_tail(self, which: Tensor, origin: Tensor, ring: Tensor) -> None:
         """Move the sequences that `which` (B,) names into a ring of this many rows that begins at `origin`; both (B,)."""
@@ -243,7 +253,7 @@ def candidates(layers: Sequence[BudgetedCache], seen: Tensor, which: Tensor) -> 
         layer.prepare(which)
     one = layers[0]  # tails of all layers hold the same tokens
     pos = one.store.pos[:, 0].long()
-    old = (pos >= 0) & (pos < (seen - one.recent)[:, None]) & which[:, None]
+    old = one.settles(seen) & which[:, None]
     rows = old.any(0).nonzero()[:, 0]
     first = int(rows[0]) if len(rows) else 0
     where = slice(first, first + len(rows)) if len(rows) and int(rows[-1]) - first == len(rows) - 1 else rows
@@ -254,6 +264,8 @@ def candidates(layers: Sequence[BudgetedCache], seen: Tensor, which: Tensor) -> 
     tail["a"] = torch.zeros(shape, device=pos.device)
     tail["pos"] = torch.where(old, pos, -1)[:, where].repeat(len(layers), 1)[:, None].expand(shape)
     tail |= one.fresh(layers, tail)
+    if "row" in slots:  # of encoded pages: these have none yet
+        tail["row"] = torch.full(shape, -1, device=pos.device)
     both = {name: torch.cat((t, tail[name].to(t.dtype)), 2) for name, t in slots.items()}
     if one.window is not None:
         oldest = (seen - one.window).repeat(len(layers))[:, None, None]
@@ -269,6 +281,8 @@ def renewed(layers: Sequence[BudgetedCache], seen: Tensor, which: Tensor, room: 
     if bool(which.all()):
         return new
     old = settled(layers)
+    if "times" in new:
+        old["times"] = torch.ones_like(old["a"])
     n = max(old["pos"].shape[2], new["pos"].shape[2])
 
     def padded(name: str, t: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from zoo.attention import split
 from zoo.eval import stats
 from zoo.eval.metrics import BETTER
 from zoo.eval.report import Cell, Part, counted, main_score
@@ -29,7 +30,7 @@ from zoo.eval.report import Cell, Part, counted, main_score
 INK, COLOURS = "#010101", 10  # of text and axes; so many series have a colour of their own
 BLACK = "#000100"  # on a ground of its own: of plain black nothing is written, as if it were to follow the page
 MARKERS = "osD^vP*X<>"
-BUDGET = re.compile(r"[:,](budget|window|delta)=([^,]*)")
+BUDGET = re.compile(r"[:,](budget|window|delta)=((?:[^,+]|\+(?=\d))*)")
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "zoo",
@@ -56,8 +57,8 @@ Line = tuple[list[float], list[float], list[tuple[float, float]] | None]  # x, y
 
 def family(attn: str) -> str:
     """A method without its budget: what one line of a plot is."""
-    name = BUDGET.sub("", attn)
-    return name if ":" in name or "," not in name else name.replace(",", ":", 1)
+    name, *encoding = split(BUDGET.sub("", attn))
+    return "+".join((name if ":" in name or "," not in name else name.replace(",", ":", 1), *encoding))
 
 
 def budget(attn: str) -> str:

@@ -3,7 +3,8 @@
     prefill   exact attention over the prompt, compressed once at its end; what comes afterwards is kept (SnapKV, BalanceKV, most papers)
     stream    never more than the budget, inside the prompt too (StreamingLLM, H2O, SubGen's theory)
 
-They are the option `when` of the methods with a budget. `full` and `sliding` have no such choice: they run as they are under both names.
+They are the option `when` of the methods with a budget and of encodings. `full` and `sliding` have no such choice: they run as they are
+under both names.
 
 What is read is what `LM.prefill` reads, chunk for chunk, except that the cache's bytes are sampled before each absorption, so that the peak
 is one of every step; and that a prompt read for `prefill` can be compressed several times: until its end, nothing that a cache does depends
@@ -21,9 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zoo.attention import ATTENTION, Attention, Budget, parse
+from zoo.attention import ATTENTION, Attention, Budget, parse, split
 from zoo.attention.budgeted import Budgeted
 from zoo.attention.cache import Caches
+from zoo.attention.encoding import Encoding
 from zoo.errors import ZooError
 from zoo.lm import CHUNK, LM
 
@@ -37,13 +39,14 @@ def method_of(spelling: str, protocol: str, tokens: int) -> Attention:
     share = re.fullmatch(r"(sliding:window=)(\d+(?:\.\d+)?%)", spelling.strip())
     if share:
         return parse(share[1] + str(max(1, Budget.parse(share[2]).tokens(tokens))))
-    name = spelling.strip().partition(":")[0]
-    if not issubclass(ATTENTION.get(name, Attention), Budgeted):
+    first, *encoding = split(spelling.strip())
+    if not issubclass(ATTENTION.get(first.partition(":")[0].strip(), Attention), (Budgeted, Encoding)):
         return parse(spelling)
     if "when=" in spelling:
         raise ZooError(f"--attn {spelling}: the protocol says when to compress (--protocols prefill,stream); leave `when` out")
-    method = parse(spelling.strip() + (",when=" if ":" in spelling else ":when=") + PROTOCOLS[protocol])
-    assert isinstance(method, Budgeted)
+    first += (",when=" if ":" in first else ":when=") + PROTOCOLS[protocol]
+    method = parse("+".join((first, *encoding)))
+    assert isinstance(method, (Budgeted, Encoding))
     if method.when != PROTOCOLS[protocol]:
         raise ZooError(f"--attn {spelling}: it has no other form than when={method.when}; --protocols stream")
     return method

@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from zoo.attention.budgeted import Budgeted
+from zoo.attention.encoding import Encoding
 from zoo.errors import ZooError
 from zoo.eval import protocols
 from zoo.eval.protocols import PACE, FullBytes, Run, method_of, same_reading
@@ -119,7 +120,7 @@ class Prompt:
             some = [(row, method) for row, method in alike_rows if row not in done]
             if not some:
                 continue
-            if not isinstance(some[0][1], Budgeted):
+            if not isinstance(some[0][1], (Budgeted, Encoding)):
                 yield from ((row, self.once(row[2], question, protocol)) for row, _ in some)
                 continue
             run = self.read(some[0][1], question, self.whole and protocol == "stream")
