@@ -52,6 +52,29 @@ def subgen(lm: Any, passages: list[list[int]], share: float) -> dict[str, Any]:
     return {"shares": mean.tolist(), "delta": statistics.fmean(deltas), "median_distance": statistics.median(distances)}
 
 
+DEFAULTS = {"subgen": (2048, 2), "pod": (1024, 4)}  # tokens a passage, passages
+LAST = 64  # pod: queries whose attention is compared
+
+
+def groups(lm: Any, passages: list[list[int]], held_out: list[list[int]], args: Any) -> tuple[dict[str, Any], list[str]]:
+    """The table for `pod`, saved, and its report; with --adapt, an adapted checkpoint, too."""
+    from zoo.attention.pod import Pod
+    from zoo.attention.tables import save_table
+    from zoo.layer_groups import calibrate, cost, report
+
+    method = Pod(args.first, args.recent)
+    table = calibrate(lm, passages, LAST, args.threshold)
+    save_table("pod", lm.config, table)
+    lines = report(lm.config, table)
+    table |= cost(lm, method, held_out)
+    save_table("pod", lm.config, table)
+    lines.append(
+        f"  {method}: {table['saved']:.1%} of the bytes saved after {len(held_out[0])} tokens, KL from full {table['kl']:.3f} nats "
+        f"on {len(held_out)} other passages"
+    )
+    return table, lines
+
+
 def main(argv: list[str] | None = None) -> None:
     p = cli.Parser(prog="python -m zoo.calibrate", description="Make a table for a method and a model.")
     p.add_argument("method", choices=METHODS)

@@ -12,6 +12,7 @@ from zoo.attention.full import Full
 from zoo.attention.h2o import H2O
 from zoo.attention.keydiff import KeyDiff
 from zoo.attention.l2norm import L2Norm
+from zoo.attention.pod import Pod
 from zoo.attention.sinks import Sinks
 from zoo.attention.sliding import Sliding
 from zoo.attention.snapkv import SnapKV
@@ -25,6 +26,7 @@ from zoo.errors import ZooError
 ATTENTION: dict[str, type[Attention]] = {
     "full": Full,
     "sliding": Sliding,
+    "pod": Pod,
     "subgen": SubGen,
     "subgen_kcenter": SubGenKCenter,
     "subgen_paper": SubGenPaper,
