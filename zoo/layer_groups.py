@@ -68,8 +68,10 @@ def cost(lm: Any, method: Pod, passages: Sequence[Sequence[int]]) -> dict[str, f
     total, count, saved = 0.0, 0, 0.0
     progress = cli.Progress()
     for number, ids in enumerate(passages):
-        lm.attn, caches = method, lm.new_cache()
-        lm.attn, exact = Full(), lm.new_cache()
+        lm.attn = method
+        caches = lm.new_cache()
+        lm.attn = Full()
+        exact = lm.new_cache()
         true = torch.cat(list(pieces(lm, ids, exact)))
         at = 0
         for other in pieces(lm, ids, caches):
