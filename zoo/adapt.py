@@ -31,13 +31,14 @@ from zoo.errors import ZooError
 from zoo.random import uniform
 
 TRAINED = r"self_attn\.[qk]_proj|attention\.query_key_value"
+HELD_OUT = 8  # passages
 SAVE_EVERY = 180.0  # seconds
 
 
 @dataclass(frozen=True)
 class Plan:
-    """minutes: of training, at most; steps: at most; tokens: of a passage, one a step; lr: Adam's, at its highest, reached after a twentieth of the
-    time and then falling to nothing; seed: which passages are drawn."""
+    """minutes: of training, at most; steps: at most; tokens: of a passage, one a step; lr: Adam's, at its highest after a twentieth
+    of the time, then falling to nothing; seed: which passages are drawn."""
 
     minutes: float = 30.0
     steps: int = 2**31
@@ -160,3 +161,40 @@ def write(lm: Any, source: Path, out: Path, dtype: torch.dtype, about: dict[str,
         work.rename(out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def run(args: Any, text: str) -> dict[str, Any]:
+    """What the command line does: train on the text but for its end, which says what came of it."""
+    import zoo
+    from zoo import hub
+    from zoo.attention.pod import load_groups
+
+    source, out = hub.find(args.model), Path(args.adapt)
+    if out.exists():
+        raise ZooError(f"{out} is there already; give another folder, or remove it")
+    teacher = zoo.load(str(source), dtype=args.dtype or "bfloat16", compile="off")
+    groups = load_groups(teacher.config)
+    lm = zoo.load(str(source), dtype="float32", compile="off")
+    ids = lm.tokenizer.encode(text)
+    tokens, method = args.tokens or 512, Pod(args.first, args.recent)
+    held_out = [ids[i : i + tokens] for i in range(len(ids) - tokens, tokens, -tokens)][:HELD_OUT]
+    train = ids[: len(ids) - tokens * len(held_out)]
+    if tokens < method.near + 64 or not held_out:
+        least = method.near + 64
+        raise ZooError(
+            f"--tokens {tokens}, text of {len(ids)}: a passage needs {least} tokens at least, the text two passages; or smaller --recent"
+        )
+    folder = out.with_name(out.name + ".training")
+    work = Adaptation(lm, teacher, method, groups)
+    before = work.held_out(held_out)
+    if work.resume(folder):
+        print(f"going on from {folder}, step {work.step}", file=sys.stderr)
+    else:
+        print(f"{method}: KL from full {before:.3f} nats on {len(held_out)} held-out passages of {tokens} tokens", file=sys.stderr)
+    work.train(train, Plan(minutes=args.minutes, lr=args.lr, tokens=tokens), folder)
+    after = work.held_out(held_out)
+    about = {"before": before, "after": after, "steps": work.step, "tokens": tokens, "attn": str(method), "groups": groups.tolist()}
+    write(lm, source, out, teacher.dtype, about)
+    shutil.rmtree(folder, ignore_errors=True)
+    print(f"{method}: KL {before:.3f} before, {after:.3f} after {work.step} steps", file=sys.stderr)
+    return {"path": str(out), **about}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zoo import cli
 from zoo.attention.cache import NoCache
-from zoo.attention.pod import Pod, group, load_groups
+from zoo.attention.pod import Pod, group
 from zoo.attention.slots import Slots, slot_scores
 
 
@@ -91,13 +91,17 @@ def calibrate(lm: Any, passages: Sequence[Sequence[int]], last: int, threshold: 
     return {"groups": groups.tolist(), "near": near.tolist(), "threshold": threshold}
 
 
-def report(config: Any, table: dict[str, Any]) -> list[str]:
+def report(table: dict[str, Any]) -> list[str]:
     """Lines: how similar layers are, which share, and what that saves where most tokens are distant."""
-    groups, near = load_groups(config), torch.tensor(table["near"])
+    groups, near = torch.tensor(table["groups"]), torch.tensor(table["near"])
     shared = (groups != torch.arange(len(groups))[:, None]).float().mean()
     lines = [f"pod, training-free: the weights stay as they are; groups of layers at least {table['threshold']:g} alike"]
     for g in range(groups.shape[1]):
-        like = f"like the one below it: {near[:, g].mean():.2f} on average, {near[:, g].min():.2f} to {near[:, g].max():.2f}" if len(near) else ""
+        like = (
+            f"like the one below it: {near[:, g].mean():.2f} on average, {near[:, g].min():.2f} to {near[:, g].max():.2f}"
+            if len(near)
+            else ""
+        )
         starts = sorted(set(groups[:, g].tolist()))
         spans = [f"{a}-{b - 1}" if b - a > 1 else f"{a}" for a, b in zip(starts, [*starts[1:], len(groups)], strict=True)]
         lines.append(f"  kv head {g}: layers {' '.join(spans)}; a layer is {like}")

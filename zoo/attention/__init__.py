@@ -11,6 +11,7 @@ from zoo.attention.cache import Attention
 from zoo.attention.full import Full
 from zoo.attention.h2o import H2O
 from zoo.attention.keydiff import KeyDiff
+from zoo.attention.kvsharer import KVSharer
 from zoo.attention.l2norm import L2Norm
 from zoo.attention.pod import Pod
 from zoo.attention.sinks import Sinks
@@ -26,6 +27,7 @@ from zoo.errors import ZooError
 ATTENTION: dict[str, type[Attention]] = {
     "full": Full,
     "sliding": Sliding,
+    "kvsharer": KVSharer,
     "pod": Pod,
     "subgen": SubGen,
     "subgen_kcenter": SubGenKCenter,
