@@ -12,6 +12,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
+
+from zoo.attention.cache import Caches
+from zoo.lm import LM
 
 CORPUS = (
     "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse, and nothing particular to "
@@ -259,3 +263,15 @@ def chromium() -> Iterator[Any]:
             pytest.skip(f"no Chromium here (playwright install chromium, or ZOO_BROWSER): {str(e).splitlines()[0]}")
         yield browser
         browser.close()
+
+
+@torch.no_grad()
+def feed(lm: LM, cache: Caches, ids: Tensor, prompt: int, chunk: int) -> Tensor:
+    """Logits (B, T, V) of all ids: the first `prompt` as a prompt, the rest as continuation, `chunk` tokens a call."""
+    out = []
+    cache.begin_prompt([prompt] * len(ids))
+    for start, end in ((0, prompt), (prompt, ids.shape[1])):
+        out += [lm.model(ids[:, t : min(t + chunk, end)], cache) for t in range(start, end, chunk)]
+        if start == 0:
+            cache.end_prompt()
+    return torch.cat(out, 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_checkpoint
+from conftest import feed, write_checkpoint
 from torch import Tensor
 
 import zoo
@@ -39,6 +39,7 @@ BUDGETED = [
     "tova",
     "l2norm",
     "keydiff",
+    "balancekv",
 ]
 WHEN = ["prompt", "decode", "stream"]
 VARIANTS = {  # options that change what happens to tokens: in some of the modes, on one family
@@ -46,6 +47,7 @@ VARIANTS = {  # options that change what happens to tokens: in some of the modes
     "subgen:heads=uniform": ["prompt", "stream"],
     "subgen:heads=table": ["decode"],
     "subgen_kcenter:weight=true": ["prompt", "stream"],
+    "balancekv:weights=both,walk=16": ["prompt", "stream"],
 }
 DELTA = ["subgen:delta=6,when=prompt", "subgen:delta=4,when=decode", "subgen:delta=6,when=stream"]  # no budget; with 4 it soon grows
 # Those whose slots are tokens, unchanged.
@@ -109,19 +111,6 @@ def ids(lm: LM) -> Tensor:
 def new(lm: LM, attn: str, batch: int = 1, **hints: int | None) -> Caches:
     lm.attn = parse(attn)
     return lm.new_cache(batch, **hints)
-
-
-@torch.no_grad()
-def feed(lm: LM, cache: Caches, ids: Tensor, prompt: int, chunk: int) -> Tensor:
-    """Logits (B, T, V) of all ids: the first `prompt` as a prompt, the rest as continuation, `chunk` tokens a call."""
-    out = []
-    cache.begin_prompt([prompt] * len(ids))
-    for start, end in ((0, prompt), (prompt, ids.shape[1])):
-        for t in range(start, end, chunk):
-            out.append(lm.model(ids[:, t : min(t + chunk, end)], cache))
-        if start == 0:
-            cache.end_prompt()
-    return torch.cat(out, 1)
 
 
 def same_state(x: Caches, y: Caches) -> None:

@@ -53,7 +53,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def evaluate(tiny: Path, text: Path, out: Path, *argv: str) -> int:
-    return cli.run(command.main, ["--model", str(tiny), "--text", str(text), "--out", str(out), *argv])
+    return cli.run(command.main, ["--model", str(tiny), "--text", str(text), "--out", str(out), "--threads", "1", *argv])
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -202,6 +202,11 @@ def test_attention_errors_are_those_of_each_layer_alone(lm: zoo.LM, ids: list[in
 # The command
 
 
+def test_attn_given_twice_is_both() -> None:
+    assert command.arguments(["--attn", "full", "--attn", "h2o", "tova", "--out", "x"]).attn == ["full", "h2o", "tova"]
+    assert command.arguments(["--out", "x"]).attn == ["full", "subgen"]
+
+
 def test_a_run_writes_every_row(tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One row for each method, protocol, question and sample; a full cache has KL 0; bytes and rates are there."""
     out, attn = tmp_path / "out", ["full", "sliding:window=25%", "subgen:budget=25%", "subgen:budget=50%", "h2o:budget=25%"]
@@ -223,6 +228,16 @@ def test_a_run_writes_every_row(tiny: Path, text: Path, tmp_path: Path, capsys: 
             assert r["task"] != "kl" or r["scores"] == {"kl": 0, "top1": 1}
         elif r["task"] == "kl":
             assert r["scores"]["kl"] > 0.1
+    cells = json.loads((out / "summary.json").read_text())["cells"]
+    each = [cell["bytes"]["per_token"] for cell in cells if cell["attn"] == "full"]
+    assert len(each) == 12  # two lengths; bytes are those of the tokens that were held, whatever came behind the prompt
+    assert max(each) == pytest.approx(min(each), rel=1e-3)
+    said = capsys.readouterr().out
+    printed = said.splitlines()
+    assert len(printed) == len(cells)
+    for line, cell in zip(printed, cells, strict=True):
+        assert f"{cell['bytes']['peak_share' if cell['protocol'] == 'stream' else 'share']:.1%} of the bytes" in line
+    assert any(round(cell["bytes"]["peak_share"], 3) != round(cell["bytes"]["share"], 3) for cell in cells if cell["protocol"] == "stream")
     timings = [json.loads(line) for line in (out / "timings.jsonl").read_text().splitlines()]
     assert [[t[n] for n in ("task", "attn", "sample")] for t in timings] == [[r[n] for n in ("task", "attn", "sample")] for r in got]
     assert all(t["rate"]["prefill"] > 0 and (t["rate"]["decode"] or t["task"] == "kl") for t in timings)
@@ -233,7 +248,6 @@ def test_a_run_writes_every_row(tiny: Path, text: Path, tmp_path: Path, capsys: 
     cells = json.loads((out / "summary.json").read_text())["cells"]
     assert len(cells) == 5 * 2 * 2 + 5 * 2 * 2 * 2
     assert all(c["n"] == 2 and c["scores"] for c in cells)
-    said = capsys.readouterr().out
     assert said.count("subgen:budget=25%") == 12
 
 
@@ -357,7 +371,19 @@ def test_broken_methods_score_worse(tiny: Path, text: Path, tmp_path: Path, monk
 
 # Interruptions
 
-SHORT = ["--attn", "full", "subgen:budget=25%", "subgen:budget=50%", "--tasks", "kl,passkey", "--lengths", "300", "--samples", "2"]
+SHORT = [
+    "--attn",
+    "full",
+    "subgen:budget=25%",
+    "h2o:budget=50%",
+    "subgen:budget=50%",
+    "--tasks",
+    "kl,passkey",
+    "--lengths",
+    "300",
+    "--samples",
+    "2",
+]
 SHORT += ["--protocols", "prefill,stream"]
 
 
@@ -399,6 +425,7 @@ def cut(records: bytes, timings: bytes, where: str) -> tuple[bytes, bytes]:
     lines, times = records.splitlines(keepends=True), timings.splitlines(keepends=True)
     return {
         "nothing": (b"", b""),
+        "within a reading": (b"".join(lines[:2]), b"".join(times[:2])),
         "between rows": (b"".join(lines[:7]), b"".join(times[:7])),
         "in a row": (b"".join(lines[:9]) + lines[9][:40], b"".join(times[:10])),
         "before a line's end": (b"".join(lines[:9]) + lines[9][:-1], b"".join(times[:10])),
@@ -407,7 +434,9 @@ def cut(records: bytes, timings: bytes, where: str) -> tuple[bytes, bytes]:
     }[where]
 
 
-@pytest.mark.parametrize("where", ["nothing", "between rows", "in a row", "before a line's end", "in a timing", "in a character"])
+@pytest.mark.parametrize(
+    "where", ["nothing", "within a reading", "between rows", "in a row", "before a line's end", "in a timing", "in a character"]
+)
 def test_a_killed_run_goes_on(tiny: Path, finished: Path, tmp_path: Path, where: str) -> None:
     """From whatever was left; the result is the one of a run that nobody stopped."""
     out = tmp_path / "out"
@@ -485,6 +514,8 @@ BAD: list[tuple[list[str], str]] = [
     (["--tasks", "quiz"], "'quiz' is unknown; choose of kl, ppl"),
     (["--tasks", "kl,,ppl"], "write each once, with commas"),
     (["--tasks", "kl,kl"], "write each once"),
+    (["--lengths", "1k,1024"], "two of these are the same number"),
+    (["--depths", "25,25.0"], "two of these are the same number"),
     (["--tasks", "data"], "needs --data"),
     (["--protocols", "both"], "choose of prefill, stream"),
     (["--question", "maybe"], "choose of unseen, seen"),
@@ -569,9 +600,20 @@ def change_text(out: Path) -> None:
     (out.parent / "text.txt").write_text(TEXT + ".")
 
 
+def change_config(**new: Any) -> Callable[[Path], None]:
+    def harm(out: Path) -> None:
+        path = out / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | new))
+
+    return harm
+
+
 @pytest.mark.parametrize(
     ("harm", "says"),
     [
+        (change_config(commit="0123456789"), 'made with commit = "0123456789", not'),
+        (change_config(versions={"torch": "1.0"}), 'made with versions = {"torch": "1.0"}, not'),
+        (change_config(model={"backend": "flex"}), "made with the model's config = "),
         (damage_config, "config.json is damaged"),
         (damage_records, "records.jsonl is damaged"),
         (lose_config, "has records.jsonl but no config.json"),

@@ -19,6 +19,7 @@ from conftest import CORPUS, write_checkpoint
 
 import zoo
 from zoo import cli
+from zoo.attention import ATTENTION
 from zoo.errors import ZooError
 
 pytest.importorskip("lm_eval", reason="the extra `harness` is not installed")
@@ -31,6 +32,8 @@ from lm_eval.tasks import TaskManager
 
 from zoo.eval import harness
 from zoo.eval.harness_lm import ZooLM
+
+KNOWN = ", ".join(sorted(ATTENTION))
 
 ROOT = Path(__file__).resolve().parents[1]
 CLOSE = 1e-3
@@ -396,7 +399,7 @@ def test_spellings_of_a_method(tiny: Path, spelling: list[str]) -> None:
 
 
 BAD = {
-    "attn=nothing": "unknown attention method 'nothing'; known: full",
+    "attn=nothing": f"unknown attention method 'nothing'; known: {KNOWN}",
     "attn=subgen,bugdet=1": "unknown model argument 'bugdet'; known: model, attn, .*prefix_token_id; and options of attn=subgen: budget",
     "pretrained=x": "unknown model argument 'pretrained'; known: model, .*attn=full: none",
     "attn=subgen:budget=-3": "budget='-3' is not a number of tokens",
@@ -464,7 +467,7 @@ def test_the_module_ends_with_one_line_where_arguments_do_not_fit(
     monkeypatch.setattr(sys, "argv", sys.argv)
     monkeypatch.setattr("lm_eval._cli.run.Run._execute", staticmethod(execute))
     assert cli.run(harness.main, ["--model", "zoo", "--tasks", "x", "--model_args", f"model={tiny}", "attn=nothing"]) == 2
-    assert capfd.readouterr().err.splitlines()[-1].startswith("error: unknown attention method 'nothing'; known: full")
+    assert capfd.readouterr().err.splitlines()[-1] == f"error: unknown attention method 'nothing'; known: {KNOWN}"
 
 
 def test_without_lm_eval_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

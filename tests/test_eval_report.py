@@ -30,7 +30,7 @@ def row(attn: str, sample: int, scores: dict[str, float], final: int, **more: An
     """One of `kl` at 1,024 tokens, unless `more` says otherwise."""
     out: dict[str, Any] = {"task": "kl", "variant": "", "attn": attn, "protocol": "prefill", "question": "", "length": 1024}
     out |= {"tokens": 1000, "sample": sample, "seed": 0, "prompt": f"prompt{sample}", "scores": scores, "answer": None, "expected": None}
-    return out | {"bytes": {"peak": 2_000_000, "final": final, "full": 2_000_000}} | more
+    return out | {"bytes": {"peak": 2_000_000, "final": final, "full": 2_000_000, "tokens": 1250}} | more
 
 
 def folder(path: Path, rows: list[dict[str, Any]], model: str = "tiny", **arguments: Any) -> Path:
@@ -95,7 +95,9 @@ def test_no_two_of_a_group_are_farther_apart() -> None:
 
 def test_stream_counts_the_peak(tmp_path: Path) -> None:
     def one(attn: str, i: int, peak: int) -> dict[str, Any]:
-        return row(attn, i, {"kl": HARD[i]}, 500_000, protocol="stream", bytes={"peak": peak, "final": 500_000, "full": 2_000_000})
+        return row(
+            attn, i, {"kl": HARD[i]}, 500_000, protocol="stream", bytes={"peak": peak, "final": 500_000, "full": 2_000_000, "tokens": 1250}
+        )
 
     rows = [one(attn, i, peak) for i in range(8) for attn, peak in (("a", 600_000), ("b", 610_000), ("c", 700_000))]
     cells = cells_of(folder(tmp_path / "run", rows))
@@ -112,7 +114,15 @@ def test_more_is_better_where_it_is(tmp_path: Path) -> None:
 
 def test_no_rank_for_what_cannot_be_compared(tmp_path: Path) -> None:
     rows = [row("a", i, {"kl": 0.1}, 500_000) for i in range(8)] + [row("b", i, {"kl": 0.2}, 500_000) for i in range(5)]
-    assert {report.standing(cell) for cell in cells_of(folder(tmp_path / "run", rows)).values()} == {"samples differ: 5, 8"}
+    assert {report.standing(cell) for cell in cells_of(folder(tmp_path / "run", rows)).values()} == {
+        "samples with a finite score differ: 5, 8"
+    }
+    nan: dict[str, Any] = {"kl": None}  # most of a method's scores are not finite: the one that is must not win
+    rows = [row("a", i, {"kl": 0.1} if i == 0 else nan, 500_000) for i in range(8)]
+    rows += [row("b", i, {"kl": 0.2}, 500_000) for i in range(8)]
+    assert {report.standing(cell) for cell in cells_of(folder(tmp_path / "nan", rows)).values()} == {
+        "samples with a finite score differ: 1, 8"
+    }
     rows = [row("a", 0, {"kl": 0.1}, 500_000), row("b", 0, {"other": 0.2}, 500_000)]
     assert {report.standing(cell) for cell in cells_of(folder(tmp_path / "two", rows)).values()} == {"no score in common"}
 
@@ -136,7 +146,7 @@ def test_table(tmp_path: Path) -> None:
     assert rows["`a:budget=25%`"]["kl - a:budget=25%'s"] == ""
     assert rows["`a:budget=25%`"]["top1 - full's"] == "-0.1 [-0.1, -0.1]"
     row_a = rows["`a:budget=25%`"]
-    assert (row_a["of full"], row_a["a token"], row_a["n"], row_a["at the peak"]) == ("25.0 %", "500", "8", "1.9 MiB")
+    assert (row_a["of full"], row_a["a token"], row_a["n"], row_a["at the peak"]) == ("25.0 %", "400", "8", "1.9 MiB")
     assert row_a["prefill tokens/s"] == "1004"
     assert "decode tokens/s" not in head
     assert "### kl, prefill, 1,024 tokens" in lines
@@ -214,7 +224,7 @@ def several(lengths: tuple[int, ...] = (1024, 2048), depths: tuple[float, ...] =
             about: dict[str, Any] = {
                 "length": n,
                 "tokens": n - 3,
-                "bytes": {"peak": 2000 * n, "final": int(2000 * n * share), "full": 2000 * n},
+                "bytes": {"peak": 2000 * n, "final": int(2000 * n * share), "full": 2000 * n, "tokens": n + 256},
             }
             for i, hard in enumerate(HARD[:3]):
                 scores = {"kl": 0.0 if attn == "full" else hard * (1 / share) ** 2, "top1": 1 - 0.1 * hard}

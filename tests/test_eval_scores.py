@@ -105,7 +105,7 @@ def test_an_answer_ends_when_nothing_can_change_its_score() -> None:
     [
         ([0, 1], 0, 1),  # means 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4
         ([0, 0, 3], 0, 3),  # P(mean = 3) = 1/27, more than 2.5 %
-        ([0, 0, 0, 4], 0, 3),  # P(mean = 4) = 1/256; P(mean >= 3) = 13/256
+        ([0, 0, 0, 4], 0, 4),  # P(mean = 4) = 1/256, more than the 0.00012 that four values leave out on a side
         ([7, 7, 7, 7, 7], 7, 7),
     ],
 )
@@ -122,6 +122,14 @@ def test_bootstrap_of_many_is_the_normal_interval() -> None:
     assert stats.interval(values.tolist()) == got
 
 
+def test_an_interval_of_few_misses_the_truth_as_seldom_as_it_says() -> None:
+    values = torch.randn(2000, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    missed = sum(not low <= 0 <= high for low, high in (stats.interval(row, 1000) or (0, 0) for row in values.tolist()))
+    assert 0.035 < missed / len(values) < 0.075  # plain percentiles miss it in 0.098 of all cases
+    assert stats.tail(8) == pytest.approx(0.0057375, rel=1e-4)  # t = 2.364624 with 7 degrees of freedom
+    assert stats.tail(10_000) == pytest.approx(0.025, rel=1e-3)
+
+
 def test_one_value_has_no_interval() -> None:
     assert stats.interval([3.0]) is None
     assert stats.estimate([3.0]) == {"mean": 3.0, "low": None, "high": None, "n": 1}
@@ -129,7 +137,7 @@ def test_one_value_has_no_interval() -> None:
 
 def rows(attn: str, scores: list[float | None], final: int = 50, **changes: Any) -> list[dict[str, Any]]:
     base = {"task": "kl", "variant": "", "attn": attn, "protocol": "prefill", "question": "", "length": 8, "tokens": 8, "seed": 0}
-    base |= {"bytes": {"peak": 100, "final": final, "full": 100}} | changes
+    base |= {"bytes": {"peak": 100, "final": final, "full": 100, "tokens": 10}} | changes
     return [base | {"sample": i, "scores": {"kl": score}} for i, score in enumerate(scores)]
 
 
@@ -165,7 +173,7 @@ def test_depths_are_one_cell_and_bytes_are_shares() -> None:
     one, other = stats.summary(some)
     assert (one["group"], one["n"], other["group"], other["n"]) == ("single", 3, "multi", 1)
     assert one["scores"]["kl"]["mean"] == pytest.approx(8 / 3, rel=1e-5)
-    assert one["bytes"] == {"peak": 100, "final": 40, "full": 100, "per_token": 5.0, "share": 0.4, "peak_share": 1.0}
+    assert one["bytes"] == {"peak": 100, "final": 40, "full": 100, "per_token": 4.0, "share": 0.4, "peak_share": 1.0}
 
 
 def test_numbers_in_files_are_short_and_finite() -> None:

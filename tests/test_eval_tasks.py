@@ -345,6 +345,11 @@ def test_own_data(material: Material, tmp_path: Path) -> None:
         TASKS["data"]().sample(m, "", 600, 2)
 
 
+def test_data_is_cut_at_line_feeds_alone() -> None:
+    line = '{"context": "one\u2028two\x85three", "answers": ["b"]}'
+    assert [item["context"] for item in parse(line + "\r\n" + line, "file.jsonl")] == ["one\u2028two\x85three"] * 2
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -38,6 +38,8 @@ METHODS = [
     "l2norm:budget=128",
     "sinks:budget=128",
     "uniform:budget=128",
+    "balancekv:budget=128",
+    "balancekv:mode=tree,batch=32",
 ]
 OBSERVING = ("h2o", "snapkv", "tova", "subgen:")  # those that ask what was attended to
 PROMPT = "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse. " * 4

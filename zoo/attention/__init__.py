@@ -6,6 +6,7 @@ import dataclasses
 import math
 import typing
 
+from zoo.attention.balancekv import BalanceKV
 from zoo.attention.budget import Budget
 from zoo.attention.cache import Attention
 from zoo.attention.full import Full
@@ -39,6 +40,7 @@ ATTENTION: dict[str, type[Attention]] = {
     "tova": Tova,
     "l2norm": L2Norm,
     "keydiff": KeyDiff,
+    "balancekv": BalanceKV,
 }
 
 

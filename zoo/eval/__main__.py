@@ -39,7 +39,7 @@ def arguments(argv: list[str] | None) -> Any:
     cli.loading(p)
     p.set_defaults(compile="off")  # `auto` depends on what was compiled before: two runs would not be alike to the last bit
     p.add_argument("--tasks", default="kl", metavar="A,B", help="of kl, ppl, attn, passkey, lines, niah, needle, vt, cwe, fwe")
-    p.add_argument("--attn", nargs="+", default=["full", "subgen"], metavar="METHOD", help="full sliding:window=25%% subgen:budget=25%%")
+    p.add_argument("--attn", nargs="+", action="extend", metavar="METHOD", help="full sliding:window=25%% subgen:budget=25%%")
     p.add_argument("--lengths", default="1k,2k", metavar="N,N", help="tokens of the prompt, at most: 512,2k,7.5k")
     p.add_argument("--protocols", default="prefill", metavar="A,B", help="prefill: compressed at its end; stream: never over budget")
     p.add_argument("--question", default="unseen", metavar="A,B", help="unseen or seen: whether a cache knows it while it compresses")
@@ -52,9 +52,13 @@ def arguments(argv: list[str] | None) -> Any:
     p.add_argument("--baseline", metavar="METHOD", help="one of --attn: report differences to it, too")
     p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where results go; an interrupted run is continued")
     args = p.parse_args(argv)
+    args.attn = args.attn or ["full", "subgen"]
     args.tasks, args.protocols, args.question = (split(getattr(args, name), name) for name in ("tasks", "protocols", "question"))
     args.niah, args.lengths = split(args.niah, "niah"), [cli.count(text) for text in split(args.lengths, "lengths")]
     args.depths = [depth(text) for text in split(args.depths, "depths")] if args.depths else []
+    for name in ("lengths", "depths"):
+        if len(set(getattr(args, name))) < len(getattr(args, name)):  # 1k is 1024
+            raise ZooError(f"--{name}: write each once; two of these are the same number")
     if args.data and "data" not in args.tasks:
         args.tasks = [*([] if args.tasks == [p.get_default("tasks")] else args.tasks), "data"]
     validate(args)
@@ -246,7 +250,8 @@ def finish(folder: Path, rows: Sequence[dict[str, Any]], baseline: str | None) -
     for cell in cells:
         where = " ".join(str(cell[name]) for name in ("task", "group", "protocol", "question", "length") if cell[name])
         means = ", ".join(f"{name} {score['mean']:.4g}" for name, score in cell["scores"].items())
-        print(f"{where}  {cell['attn']:28} {means}, {cell['bytes']['share']:.1%} of the bytes, n = {cell['n']}")
+        share = "peak_share" if cell["protocol"] == "stream" else "share"
+        print(f"{where}  {cell['attn']:28} {means}, {cell['bytes'][share]:.1%} of the bytes, n = {cell['n']}")
 
 
 if __name__ == "__main__":

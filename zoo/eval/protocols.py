@@ -41,7 +41,11 @@ def method_of(spelling: str, protocol: str, tokens: int) -> Attention:
         return parse(spelling)
     if "when=" in spelling:
         raise ZooError(f"--attn {spelling}: the protocol says when to compress (--protocols prefill,stream); leave `when` out")
-    return parse(spelling.strip() + (",when=" if ":" in spelling else ":when=") + PROTOCOLS[protocol])
+    method = parse(spelling.strip() + (",when=" if ":" in spelling else ":when=") + PROTOCOLS[protocol])
+    assert isinstance(method, Budgeted)
+    if method.when != PROTOCOLS[protocol]:
+        raise ZooError(f"--attn {spelling}: it has no other form than when={method.when}; --protocols stream")
+    return method
 
 
 def same_reading(method: Attention) -> Attention:

@@ -62,7 +62,7 @@ class Records:
         fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         records, times = self.folder / "records.jsonl", self.folder / "timings.jsonl"
         if path.exists():
-            self.check(path, config["arguments"])
+            self.check(path, config)
         elif records.exists():
             raise ZooError(f"{self.folder} has records.jsonl but no config.json; choose another --out")
         else:
@@ -72,16 +72,19 @@ class Records:
         timings = [row for row in rows_of(times) if key_of(row) in self.done]
         self.files = [begin(times, timings), begin(records, self.rows)]
 
-    def check(self, path: Path, arguments: dict[str, Any]) -> None:
+    def check(self, path: Path, config: dict[str, Any]) -> None:
+        """Raises ZooError unless the folder was made by these arguments, this model, and this code."""
         try:
-            theirs = json.loads(path.read_text())["arguments"]
+            found = json.loads(path.read_text())
+            code = {"model": "the model's config", "versions": "versions", "commit": "commit"}
+            theirs, mine = ({**c["arguments"], **{called: c[name] for name, called in code.items()}} for c in (found, config))
         except (ValueError, KeyError, TypeError):
             raise ZooError(f"{path} is damaged; choose another --out, or move it away") from None
-        names = [name for name in {**theirs, **arguments} if name not in FREE and theirs.get(name) != arguments.get(name)]
+        names = [name for name in {**theirs, **mine} if name not in FREE and theirs.get(name) != mine.get(name)]
         if names:
             name = names[0]
             raise ZooError(
-                f"{self.folder} was made with {name} = {short(theirs.get(name))}, not {short(arguments.get(name))}; choose another --out"
+                f"{self.folder} was made with {name} = {short(theirs.get(name))}, not {short(mine.get(name))}; choose another --out"
             )
 
     def add(self, row: Row, rate: Row) -> None:

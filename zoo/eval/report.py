@@ -6,7 +6,7 @@ task, protocol, question and length; its rows are methods, paired by sample.
     ranks   only among rows whose caches differ by at most 3 % in measured bytes: those at the end, with `stream` those at the peak. A row
             that has nothing to be compared with gets none, and the reason
     ≈       not distinguishable: the 95 % bootstrap interval of the paired difference contains 0 (zoo/eval/stats.py). Intervals are of one
-            comparison each: of twenty true ties, one is called distinct by chance
+            comparison each: of twenty true ties, about one is called distinct, and more where scores are skewed
 """
 
 from __future__ import annotations
@@ -157,9 +157,9 @@ def rank(part: Part) -> None:
             elif len(ranked) < len(group) or len({main_score(cell) for cell in group}) > 1:
                 for cell in group:
                     cell["rank"] = {"reason": "no score in common"}
-            elif len({cell["n"] for cell in group}) > 1:
+            elif len(counts := {cell["scores"][main_score(cell)]["n"] for cell in group}) > 1:
                 for cell in group:
-                    cell["rank"] = {"reason": f"samples differ: {', '.join(sorted({str(c['n']) for c in group}))}"}
+                    cell["rank"] = {"reason": f"samples with a finite score differ: {', '.join(map(str, sorted(counts)))}"}
             else:
                 settle(part, group)
 
@@ -241,7 +241,7 @@ LEGEND = (
     f"`{SAME}`: not distinguishable, the interval of the paired difference contains 0, or there are too few samples for one; of a rank: "
     "from the first of its group. Bytes are measured. What counts are those at the end, under `stream` those at the peak: `of full` is "
     "their share of the full cache's, and ranks stand only between rows where they differ by at most 3 %. Intervals are of one comparison "
-    "each: of twenty true ties, one is called distinct by chance."
+    "each: of twenty true ties, about one is called distinct, and more where scores are skewed."
 )
 
 

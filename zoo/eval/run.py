@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from zoo.attention.budgeted import Budgeted
@@ -100,18 +100,23 @@ class Prompt:
         seen = self.task.watch(run, self.sample)
         step = statistics.median(run.steps) if run.steps else None
         rate = {"prefill": read / run.seconds, "decode": 1 / step if step else None}
-        nbytes = {"peak": run.peak, "final": run.final(), "full": self.full_bytes(run.tokens)}
+        nbytes = {"peak": run.peak, "final": run.final(), "full": self.full_bytes(run.tokens), "tokens": run.tokens}
         return Outcome(seen, len(self.sample.context) + len(self.sample.question), nbytes, rate)
 
-    def outcomes(self, rows: Sequence[tuple[str, str, str]]) -> Iterator[tuple[tuple[str, str, str], Outcome]]:
-        """Of these rows, those of one reading together."""
+    def outcomes(
+        self, rows: Sequence[tuple[str, str, str]], done: Collection[tuple[str, str, str]] = ()
+    ) -> Iterator[tuple[tuple[str, str, str], Outcome]]:
+        """Of these rows, those of one reading together, without those that are done: in the same order, whatever is done already."""
         readings: dict[Any, list[tuple[tuple[str, str, str], Any]]] = {}
         for row in rows:
             question, protocol, spelling = row
             method = method_of(spelling, protocol, len(self.ids(question)))
             alike = (question, protocol, same_reading(method) if protocol == "prefill" else spelling)
             readings.setdefault(alike, []).append((row, method))
-        for (question, protocol, _), some in readings.items():
+        for (question, protocol, _), alike_rows in readings.items():
+            some = [(row, method) for row, method in alike_rows if row not in done]
+            if not some:
+                continue
             if not isinstance(some[0][1], Budgeted):
                 yield from ((row, self.once(row[2], question, protocol)) for row, _ in some)
                 continue
@@ -172,17 +177,19 @@ def run(lm: LM, plan: Plan, material: Material, records: Records, progress: Any)
     for number, name, variant, length in plan.prompts(material):
         rows = plan.rows(plan.tasks[name])
         done = {(q, p, a) for q, p, a in rows if (name, variant, a, p, q, length, number, plan.seed) in records.done}
-        if missing := [row for row in rows if row not in done]:
-            todo.append((number, name, variant, length, missing))
-    total, so_far = sum(len(rows) * plan.weight(length) for *_, length, rows in todo), 0.0
-    for number, name, variant, length, rows in todo:
+        if len(done) < len(rows):
+            todo.append((number, name, variant, length, done))
+    total, so_far = 0.0, 0.0
+    for _, name, _, length, done in todo:
+        total += (len(plan.rows(plan.tasks[name])) - len(done)) * plan.weight(length)
+    for number, name, variant, length, done in todo:
         task = plan.tasks[name]
         about = {"task": name, "variant": variant, "length": length, "sample": number}
         what = f"{name} {variant} {length} tokens, sample {number + 1} of {plan.samples}".replace("  ", " ")
         progress(so_far, total, what)
         sample = task.sample(material, variant, room(lm, task, length), number)
         prompt = Prompt(lm, task, sample, full_bytes, "stream" in plan.protocols)
-        for row, outcome in prompt.outcomes(rows):
+        for row, outcome in prompt.outcomes(plan.rows(task), done):
             records.add(record(row, outcome, prompt, about, plan.seed), outcome.rate)
             so_far += plan.weight(length)
             progress(so_far, total, what)

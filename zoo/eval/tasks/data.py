@@ -24,7 +24,7 @@ AFTER = (
 def parse(text: str, path: str) -> tuple[dict[str, Any], ...]:
     """The lines of a file. Raises ZooError, naming the line."""
     out = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:

@@ -29,7 +29,7 @@ class Needle(Answers):
 
     def sample(self, material: Material, variant: str, length: int, number: int) -> Sample:
         def write(parts: int) -> Draft:
-            sentences = material.passage(parts, material.random(self.name, length, number))
+            sentences = material.passage(parts, material.random(self.name, variant, length, number))
             ends = list(itertools.accumulate(len(s) + 1 for s in sentences))
             sentences.insert(bisect.bisect_right(ends, depth_of(variant, 0) * ends[-1]), NEEDLE)
             question = " </book>.\nBased on the content of the book, Question: The best thing to do in San Francisco is: \nAnswer:"
