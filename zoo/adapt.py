@@ -1,9 +1,9 @@
-"""python -m zoo.calibrate pod MODEL --text FILE --adapt --out FOLDER: a model's weights, trained so that `pod` costs it less.
+"""python -m zoo.calibrate pod MODEL --text FILE --adapt FOLDER: a model's weights, trained so that `pod` costs it less.
 
     loss = mean over tokens of KL(p || p_pod)        p the model's own next-token distribution with the full cache, p_pod the adapted one's
-Distillation from the model itself: what it knows stays, and text is all that is needed. Trained are the projections that make queries and
-keys, in every layer; matrix products run in bfloat16, the weights themselves and Adam's averages are float32. Attention is the dense,
-differentiable form of `pod` (zoo/attention/pod.py), with the groups of the model's table.
+Distillation from the model itself: what it knows stays, and text is all that is needed. Trained are the projections of attention in every
+layer: queries, keys, values, output. Matrix products run in bfloat16; the weights themselves and Adam's averages are float32. Attention is
+the dense, differentiable form of `pod` (zoo/attention/pod.py), with the groups of the model's table.
 
 The state is saved in FOLDER.training every few minutes, and a run that was stopped goes on from there, with the same draws. FOLDER is a
 checkpoint as any other; it appears whole, at the end.
@@ -11,6 +11,7 @@ checkpoint as any other; it appears whole, at the end.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -30,7 +31,7 @@ from zoo.attention.pod import Pod
 from zoo.errors import ZooError
 from zoo.random import uniform
 
-TRAINED = r"self_attn\.[qk]_proj|attention\.query_key_value"
+TRAINED = r"self_attn\.|attention\."  # Llama's and Mistral's names, GPT-NeoX's
 HELD_OUT = 8  # passages
 SAVE_EVERY = 180.0  # seconds
 
@@ -48,10 +49,10 @@ class Plan:
 
 
 class Adaptation:
-    """A model under training: `lm` in float32, `teacher` the same model as it was."""
+    """A model under training: `lm` in float32, `teacher` the same model as it was. source: what else a run that goes on must share."""
 
-    def __init__(self, lm: Any, teacher: Any, method: Pod, groups: Tensor) -> None:
-        self.lm, self.teacher, self.method, self.groups = lm, teacher, method, groups
+    def __init__(self, lm: Any, teacher: Any, method: Pod, groups: Tensor, source: str = "") -> None:
+        self.lm, self.teacher, self.method, self.groups, self.source = lm, teacher, method, groups, source
         self.trained: dict[str, nn.Parameter] = {
             name: p.requires_grad_() for name, p in lm.model.named_parameters() if re.search(TRAINED, name)
         }
@@ -64,7 +65,7 @@ class Adaptation:
         with torch.no_grad():
             true = self.teacher.model(ids).log_softmax(-1)
         with torch.autocast("cpu", torch.bfloat16):
-            hidden = model.hidden(ids, None, self.method.dense(self.groups))
+            hidden = model.hidden(ids, None, self.method.dense(self.groups, self.lm.config.sliding_window))
             logits = model.logits(hidden)
         return (true.exp() * (true - logits.float().log_softmax(-1))).sum(-1)
 
@@ -107,7 +108,7 @@ class Adaptation:
 
     def kind(self) -> str:
         """What a saved state must share with the run that goes on from it."""
-        return f"{self.method} {self.groups.tolist()} {self.lm.config}"
+        return f"{self.method} {self.groups.tolist()} {self.lm.config} {self.source}"
 
     def save(self, folder: Path) -> None:
         """The state, whole or not at all."""
@@ -135,7 +136,7 @@ class Adaptation:
         except (OSError, SafetensorError) as e:
             raise ZooError(f"cannot read {path}: {e}; remove it to begin again") from e
         if about.get("kind") != self.kind():
-            raise ZooError(f"{path} is of another model, other groups or other options; remove {folder} to begin again")
+            raise ZooError(f"{path} is of another model or text, other groups or other options; remove {folder} to begin again")
         for name, p in self.trained.items():
             p.data.copy_(tensors[name])
             state = {key.rpartition("/")[2]: t for key, t in tensors.items() if key.startswith(f"{name}/")}
@@ -185,7 +186,8 @@ def run(args: Any, text: str) -> dict[str, Any]:
             f"--tokens {tokens}, text of {len(ids)}: a passage needs {least} tokens at least, the text two passages; or smaller --recent"
         )
     folder = out.with_name(out.name + ".training")
-    work = Adaptation(lm, teacher, method, groups)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    work = Adaptation(lm, teacher, method, groups, f"{source.resolve()} {tokens} {args.lr} {digest}")
     before = work.held_out(held_out)
     if work.resume(folder):
         print(f"going on from {folder}, step {work.step}", file=sys.stderr)

@@ -130,8 +130,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.adapt and args.method != "pod":
         raise ZooError(f"--adapt is for pod; {args.method} changes no weights")
     import zoo
+    from zoo.attention.pod import Pod
     from zoo.generate import read
 
+    Pod(args.first, args.recent)  # raises where they are out of bounds
     text = read(args.text)
     cli.set_threads(args.threads)
     if args.adapt:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.attention.backends import as_parts, attention, flashes, kernels
@@ -175,22 +176,21 @@ class PodCaches(Caches):
 
 class DensePod:
     """One layer of `pod` as a differentiable pass without a cache, for training: a call is whole sequences, from position 0 on, and the
-    layers that are called one after the other share `keys`."""
+    layers that are called one after the other share `made`, their keys."""
 
-    def __init__(self, method: Pod, groups: list[int], keys: list[Tensor]) -> None:
-        self.method, self.groups, self.keys = method, groups, keys
+    def __init__(self, method: Pod, groups: list[int], made: list[Tensor], window: int | None) -> None:
+        self.method, self.groups, self.made, self.window = method, groups, made, window
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> Tensor:
-        """As `Cache.attend`; pos (B, T) without padding."""
-        self.keys.append(k)
-        B, H, T, D = q.shape
-        q = q.view(B, k.shape[1], -1, T, D) * D**-0.5
-        shared = torch.stack([self.keys[a][:, g] for g, a in enumerate(self.groups)], 1)
-        at, key = pos[:, :, None], pos[:, None, :]
-        distant = (key >= self.method.first) & (key < at // BLOCK * BLOCK - self.method.recent)  # (B, T, T)
-        score = torch.where(distant[:, None, None], q @ shared[:, :, None].mT, q @ k[:, :, None].mT).float()
-        weight = score.masked_fill((key > at)[:, None, None], -torch.inf).softmax(-1).to(v.dtype)
-        return (weight @ v[:, :, None]).view(B, H, T, D)
+        """As `Cache.attend`; pos (B, T) without padding. One softmax over every token twice, with its own key and with the group's; a mask
+        leaves one of the two."""
+        self.made.append(k)
+        shared = torch.stack([self.made[a][:, g] for g, a in enumerate(self.groups)], 1)
+        at, key = pos[:, None, :, None], pos[:, None, None, :]
+        seen = key <= at if self.window is None else (key <= at) & (key > at - self.window)  # (B, 1, T, T)
+        distant = (key >= self.method.first) & (key < at // BLOCK * BLOCK - self.method.recent)
+        mask = torch.cat((seen & ~distant, seen & distant), -1)
+        return F.scaled_dot_product_attention(q, torch.cat((k, shared), 2), torch.cat((v, v), 2), attn_mask=mask, enable_gqa=True)
 
 
 @dataclass(frozen=True)
@@ -222,10 +222,10 @@ class Pod(Attention):
         caches = [PodCache(self, i, groups, distant, config, batch, max_tokens or 0, dtype, device) for i in layers]
         return PodCaches(caches, batch, device)
 
-    def dense(self, groups: Tensor) -> list[DensePod]:
-        """What `model.hidden(ids, None, cache)` takes for one call in training."""
-        keys: list[Tensor] = []
-        return [DensePod(self, row, keys) for row in groups.tolist()]
+    def dense(self, groups: Tensor, window: int | None) -> list[DensePod]:
+        """What `model.hidden(ids, None, cache)` takes for one call in training; `window` is the model's own."""
+        made: list[Tensor] = []
+        return [DensePod(self, row, made, window) for row in groups.tolist()]
 
 
 def load_groups(config: Any) -> Tensor:
