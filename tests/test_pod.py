@@ -387,9 +387,10 @@ def test_adaptation_goes_on(work: Adaptation, folder: Path, tmp_path: Path) -> N
     for name, p in work.trained.items():
         assert torch.equal(p, again.trained[name]), name
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["state.safetensors"]
-    other = Adaptation(zoo.load(str(folder), compile="off"), work.teacher, Pod(4, 21), torch.tensor(GROUPS))
-    with pytest.raises(ZooError, match="other options"):
-        other.resume(tmp_path / "run")
+    for recent, source in ((21, ""), (20, "another text")):
+        other = Adaptation(zoo.load(str(folder), compile="off"), work.teacher, Pod(4, recent), torch.tensor(GROUPS), source)
+        with pytest.raises(ZooError, match="other options"):
+            other.resume(tmp_path / "run")
     (tmp_path / "run/state.safetensors").write_text("{")
     with pytest.raises(ZooError, match="cannot read"):
         begin().resume(tmp_path / "run")
