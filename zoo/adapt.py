@@ -91,7 +91,7 @@ class Adaptation:
                 raise ZooError(f"the loss of step {self.step + 1} is {value}; try a smaller --lr")
             self.step, self.seconds = self.step + 1, time.perf_counter() - start
             mean = value if math.isnan(mean) else 0.95 * mean + 0.05 * value
-            if self.step % 20 == 0:
+            if self.step % 10 == 0:
                 print(f"step {self.step}, {self.seconds / 60:.1f} minutes: KL {mean:.3f}", file=sys.stderr, flush=True)
             if time.perf_counter() - saved > SAVE_EVERY:
                 self.save(folder)
@@ -177,7 +177,7 @@ def run(args: Any, text: str) -> dict[str, Any]:
     groups = load_groups(teacher.config)
     lm = zoo.load(str(source), dtype="float32", compile="off")
     ids = lm.tokenizer.encode(text)
-    tokens, method = args.tokens or 512, Pod(args.first, args.recent)
+    tokens, method = args.tokens or 1024, Pod(args.first, args.recent)
     held_out = [ids[i : i + tokens] for i in range(len(ids) - tokens, tokens, -tokens)][:HELD_OUT]
     train = ids[: len(ids) - tokens * len(held_out)]
     if tokens < method.near + 64 or not held_out:

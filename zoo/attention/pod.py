@@ -3,9 +3,9 @@
     near(p)  the first n tokens, and the last r to r + 63 before p        distant(p)  what is between them
     out(q at p, layer l) = softmax of [s q.k_l over near ; s q.k_a over distant] times v_l        a = the lowest layer of l's group
 
-Here the weights are as they are, and a layer's queries were never made for another layer's keys: expect less than the paper's.
-`python -m zoo.calibrate pod MODEL --text FILE` finds the groups, consecutive layers per kv head, and says what they cost;
-`--adapt` trains the model for them. Each layer keeps its own values.
+Here the weights are as they are, and a layer's queries were never made for another layer's keys: text does not survive it
+(docs/methods/pod.md). `python -m zoo.calibrate pod MODEL --text FILE` finds the groups, consecutive layers per kv head, and says what
+they cost; `--adapt` trains the model for them, which mends most of it. Each layer keeps its own values.
 slot: a token, a = b = 0. A near token has its layer's own key; a distant one, out of the lowest layer of its group, has none of its own.
 exact when: first + recent >= tokens, or where every group is a single layer.
 cost: bytes of `full` but for the distant keys of layers that are not the lowest: of 2 G D numbers a token and layer, half times their
