@@ -52,7 +52,7 @@ VARIANTS = {  # options that change what happens to tokens: in some of the modes
 DELTA = ["subgen:delta=6,when=prompt", "subgen:delta=4,when=decode", "subgen:delta=6,when=stream"]  # no budget; with 4 it soon grows
 # Those whose slots are tokens, unchanged.
 TOKENS = ["sinks", "uniform", "h2o", "h2o:age=true,block=16", "snapkv", "tova", "l2norm", "keydiff", "subgen_kcenter:weight=true"]
-UNBOUNDED = ["full", "sliding:window=50", "sliding:window=64", "sliding:window=5000"]
+UNBOUNDED = ["full", "sliding:window=50", "sliding:window=64", "sliding:window=5000", "pod:recent=40", "pod:first=3,recent=129", "kvsharer"]
 CLOSE = 1e-4  # logits are of size 10
 FAMILIES = {
     "llama": ("llama", {"num_key_value_heads": 2, "head_dim": 32}),  # more than the 16 coordinates that subgen keeps of a key
@@ -84,6 +84,10 @@ def lms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, LM]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ZOO_CACHE", str(folder))
         save_table("subgen", lms["llama"].config, {"shares": [[1.6, 0.7], [0.4, 1.3]]})  # for heads=table
+        for lm in lms.values():
+            save_table("kvsharer", lm.config, {"pairs": [[1, 0]]})
+            alone = lm.config.num_key_value_heads - 1
+            save_table("pod", lm.config, {"groups": [[0] * (alone + 1), [0] + [1] * alone]})  # the first head of both layers is a group
         yield lms
 
 

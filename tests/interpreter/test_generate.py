@@ -18,6 +18,7 @@ import zoo.generate
 from zoo.attention import parse
 from zoo.attention.cache import Caches
 from zoo.attention.subgen import SubGen
+from zoo.attention.tables import save_table
 from zoo.lm import LM
 from zoo.models import layers
 
@@ -45,6 +46,8 @@ METHODS = [
     "qjl:residual=32",
     "h2o:budget=128+kivi",
     "snapkv:budget=128+qjl",
+    "pod:recent=40",
+    "kvsharer",
 ]
 OBSERVING = ("h2o", "snapkv", "tova", "subgen:")  # those that ask what was attended to
 PROMPT = "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse. " * 4
@@ -59,6 +62,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_llama(tmp_path_factory.mktemp("m") / "m", num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=32)
 
 
+@pytest.fixture
+def shared_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint whose second layer reads the first one's, by the tables of `pod` and `kvsharer`."""
+    monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "cache"))
+    folder = write_llama(tmp_path / "m", num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32)
+    config = zoo.load(str(folder), compile="off").config
+    save_table("kvsharer", config, {"pairs": [[1, 0]]})
+    save_table("pod", config, {"groups": [[0], [0]]})
+    return folder
+
+
 def generate(capsys: pytest.CaptureFixture[str], folder: Path, attn: str, backend: str) -> dict[str, Any]:
     options = ["--max-new-tokens", "5", "--compile", "off", "--json"]
     zoo.generate.main(["--model", str(folder), "--attn", attn, "--backend", backend, *options, PROMPT])
@@ -66,12 +80,15 @@ def generate(capsys: pytest.CaptureFixture[str], folder: Path, attn: str, backen
 
 
 @pytest.mark.parametrize("attn", METHODS)
-def test_tokens_are_the_eager_path_s(folder: Path, attn: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_the_eager_path_s(
+    request: pytest.FixtureRequest, attn: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = attn.partition(":")[0]
+    folder = request.getfixturevalue("shared_folder" if name in ("pod", "kvsharer") else "folder")
     if attn == "full":
         monkeypatch.setattr(slot_attention, "SHARE", 64)  # so that a prompt this short has two
     if attn == "subgen:delta=3":
         monkeypatch.setattr(SubGen, "slots", lambda self, tokens: 64)  # clustering begins after so many tokens, not 512
-    name = attn.partition(":")[0]
     eager = generate(capsys, folder, attn, "eager")
     launches.clear()
     said = generate(capsys, folder, attn, "triton")
@@ -84,8 +101,8 @@ def test_tokens_are_the_eager_path_s(folder: Path, attn: str, capsys: pytest.Cap
         assert launches["slot_attention_kernel"] == 1
         assert (launches["column_mass_kernel"] > 0) == attn.startswith("h2o")
         return
-    # The prompt, and of every token after the first what it asks: one store, or tail and pages, or three estimators.
-    assert launches["slot_attention_kernel"] >= 1 + 4 * {"full": 1, "sliding": 1, "subgen_paper": 3}.get(name, 2)
+    # The prompt, and of every token after the first what it asks: one store, or tail and pages, or three estimators; of two layers twice.
+    assert launches["slot_attention_kernel"] >= 1 + 4 * {"full": 1, "sliding": 1, "subgen_paper": 3, "pod": 4}.get(name, 2)
     assert (launches["column_mass_kernel"] > 0) == attn.startswith(OBSERVING)
     assert launches["merge_kernel"] > 0 or attn != "full"
     assert (launches["assign"] > 0) == name.startswith("subgen")

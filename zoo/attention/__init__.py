@@ -17,7 +17,9 @@ from zoo.attention.full import Full
 from zoo.attention.h2o import H2O
 from zoo.attention.keydiff import KeyDiff
 from zoo.attention.kivi import Kivi
+from zoo.attention.kvsharer import KVSharer
 from zoo.attention.l2norm import L2Norm
+from zoo.attention.pod import Pod
 from zoo.attention.qjl import QJL
 from zoo.attention.sinks import Sinks
 from zoo.attention.sliding import Sliding
@@ -33,6 +35,8 @@ from zoo.errors import ZooError
 ATTENTION: dict[str, type[Attention]] = {
     "full": Full,
     "sliding": Sliding,
+    "kvsharer": KVSharer,
+    "pod": Pod,
     "subgen": SubGen,
     "subgen_kcenter": SubGenKCenter,
     "subgen_paper": SubGenPaper,

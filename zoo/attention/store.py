@@ -26,6 +26,16 @@ def buffers(module: nn.Module) -> dict[str, Tensor]:
     return dict(module.named_buffers(recurse=False))
 
 
+def resized(old: Tensor, rows: int, capacity: int, empty: int) -> Tensor:
+    """The first `rows` rows of old (B, G, S, ...), a view; of a new storage of `capacity` rows where its own is too short, filled up with
+    `empty`."""
+    if old.stride(1) <= rows * math.prod(old.shape[3:]):
+        new = old.new_full((*old.shape[:2], max(rows + 1, capacity), *old.shape[3:]), empty)
+        new[:, :, : old.shape[2]] = old
+        old = new
+    return old.as_strided((*old.shape[:2], rows, *old.shape[3:]), old.stride())
+
+
 class SlotStore(nn.Module):
     """Slots of one layer, every head owning the same number of rows: k, v (B, G, S, D), pos int32 and a float32 beside them.
 
@@ -70,12 +80,7 @@ class SlotStore(nn.Module):
     def resize(self, rows: int, capacity: int) -> None:
         """Show the first `rows` rows, reallocating to `capacity` rows where the storage is too short; new rows are empty."""
         for name, old in buffers(self).items():
-            per_head = math.prod(old.shape[3:])
-            if old.stride(1) <= rows * per_head:
-                new = old.new_empty((*old.shape[:2], max(rows + 1, capacity), *old.shape[3:])).fill_(-1 if name == "pos" else 0)
-                new[:, :, : old.shape[2]] = old
-                old = new
-            setattr(self, name, old.as_strided((*old.shape[:2], rows, *old.shape[3:]), old.stride()))
+            setattr(self, name, resized(old, rows, capacity, -1 if name == "pos" else 0))
 
     def append(self, row: Tensor, k: Tensor, v: Tensor, pos: Tensor) -> None:
         """Write new tokens k, v (B, G, T, D) into rows (B, T) of every head, with log-weight 0. Padding (pos -1) goes to row 0."""

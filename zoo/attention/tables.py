@@ -14,6 +14,8 @@ from torch import Tensor
 from zoo.errors import ZooError
 from zoo.folders import cache_folder
 
+KINDS = {"subgen": "head table", "kvsharer": "table of layer pairs", "pod": "table of layer groups"}  # what errors call a method's table
+
 
 def table_path(method: str, config: Any) -> Path:
     """Where the table of a method for models of this config lies."""
@@ -33,16 +35,32 @@ def save_table(method: str, config: Any, table: dict[str, Any]) -> Path:
     return path
 
 
-def load_shares(method: str, config: Any) -> Tensor:
-    """(L, G) float64: what each head may own, as a multiple of the average. Raises ZooError where there is no table, or a broken one."""
+def load_table(method: str, config: Any, key: str) -> Any:
+    """What the method's table for models of this config holds under `key`. Raises ZooError where there is no table, or a broken one."""
     path = table_path(method, config)
-    again = f"make it with: python -m zoo.calibrate {method} MODEL --text FILE"
     try:
-        shares = torch.tensor(json.loads(path.read_text())["shares"], dtype=torch.float64)
+        return json.loads(path.read_text())[key]
     except FileNotFoundError:
-        raise ZooError(f"{method}: there is no head table for this model; {again}") from None
+        raise ZooError(f"{method}: there is no {KINDS[method]} for this model; {again(method)}") from None
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise ZooError(f"{method}: the head table {path} cannot be read ({e}); {again}") from None
+        raise ZooError(f"{method}: the {KINDS[method]} {path} cannot be read ({e}); {again(method)}") from None
+
+
+def alien(method: str, config: Any) -> ZooError:
+    """The error for a table whose numbers do not fit the model."""
+    return ZooError(f"{method}: the {KINDS[method]} {table_path(method, config)} is of another model; {again(method)}")
+
+
+def again(method: str) -> str:
+    return f"make it with: python -m zoo.calibrate {method} MODEL --text FILE"
+
+
+def load_shares(method: str, config: Any) -> Tensor:
+    """(L, G) float64: what each head may own, as a multiple of the average. Raises ZooError."""
+    try:
+        shares = torch.tensor(load_table(method, config, "shares"), dtype=torch.float64)
+    except (ValueError, TypeError):
+        raise alien(method, config) from None
     if shares.shape != (config.num_hidden_layers, config.num_key_value_heads) or not bool((shares > 0).all()):
-        raise ZooError(f"{method}: the head table {path} is of another model; {again}")
+        raise alien(method, config)
     return shares
