@@ -116,10 +116,12 @@ def against(lm: Any, adapted: Any, method: Pod, passages: Sequence[Sequence[int]
 
 def check(method: Pod, tokens: int, window: int | None) -> None:
     """Raises ZooError where passages of this many tokens have nothing distant: they cannot say what `method` costs."""
-    if not bool(method.reaches(torch.arange(tokens), window).any()):
-        least = method.near // BLOCK * BLOCK + BLOCK + 1
-        other = "" if window is None else f"; the model's own window shows {window}"
-        raise ZooError(f"nothing is distant in {tokens} tokens: --tokens {least} at least, or a smaller --first or --recent{other}")
+    if bool(method.reaches(torch.arange(tokens), window).any()):
+        return
+    least = method.near // BLOCK * BLOCK + BLOCK + 1
+    if tokens >= least:
+        raise ZooError(f"nothing is distant for this model, whose own window shows {window} tokens: a smaller --recent is needed")
+    raise ZooError(f"nothing is distant in {tokens} tokens: --tokens {least} at least, or a smaller --first or --recent")
 
 
 def calibrate(lm: Any, passages: Sequence[Sequence[int]], last: int, threshold: float) -> dict[str, Any]:
