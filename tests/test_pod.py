@@ -448,6 +448,20 @@ def test_adaptation_lowers_kl(work: Adaptation) -> None:
         assert p.grad is None, name
 
 
+def test_what_is_trained_of_gpt_neox(tmp_path: Path) -> None:
+    """Attention's four tensors a layer, by this family's names; not the norm that is called after it."""
+    lm, teacher = (zoo.load(str(write_checkpoint(tmp_path / "m", "gpt_neox", hidden_size=64)), compile="off") for _ in range(2))
+    c = lm.config
+    work = Adaptation(lm, teacher, Pod(4, 20), torch.zeros(c.num_hidden_layers, c.num_key_value_heads, dtype=torch.int64))
+    parts = ("query_key_value.weight", "query_key_value.bias", "dense.weight", "dense.bias")
+    wanted = {f"gpt_neox.layers.{i}.attention.{part}" for i in range(c.num_hidden_layers) for part in parts}
+    assert set(work.trained) == wanted
+    before = {name: p.clone() for name, p in lm.model.named_parameters()}
+    work.train(TEXT, Plan(steps=2, tokens=128), Path())
+    for name, p in lm.model.named_parameters():
+        assert torch.equal(p, before[name]) != (name in wanted), name
+
+
 def test_adaptation_goes_on(work: Adaptation, folder: Path, tmp_path: Path) -> None:
     """A run that was stopped goes on to the same weights, to the last bit; not another run, nor from a broken file."""
     plan = Plan(steps=12, tokens=128)
