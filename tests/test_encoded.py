@@ -29,10 +29,7 @@ ALONE = [spell(one, residual=64, when=when) for one in ENCODINGS for when in WHE
 EVERY = [f"{spell(attn, budget=160, when=when)}+{one}" for attn in BUDGETED for when in WHEN for one in ENCODINGS]
 # Of each method the whole contract in every mode, each with another encoding; of subgen, whose sums are float32, see below.
 WHOLE = ALONE + [
-    f"{spell(attn, budget=160, when=when)}+{one}"
-    for attn in BUDGETED
-    if attn != "subgen"
-    for when, one in zip(WHEN, ENCODINGS, strict=True)
+    f"{spell(attn, budget=160, when=WHEN[i % 3])}+{one}" for attn in BUDGETED if attn != "subgen" for i, one in enumerate(ENCODINGS)
 ]
 OFF = {"kivi:bits=4": (0.1, 0.1), "turboquant:bits=3.5,mode=prod": (0.25, 0.17), "qjl": (0.5, 0.5)}  # at most, of keys and values, relative
 FINE = ["kivi:bits=8", "turboquant:bits=8", "turboquant:bits=8,mode=prod"]  # so many bits that little is left to see

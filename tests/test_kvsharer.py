@@ -121,6 +121,20 @@ def test_bad_tables(lm: LM, tmp_path: Path) -> None:
         parse("kvsharer:layers=-1")
 
 
+@torch.no_grad()
+def test_load_refuses_a_cache_of_other_pairs(lm: LM, ids: Tensor, tmp_path: Path) -> None:
+    """All shapes are the same; the same pairs in another order are the same cache, and so are as many of a longer table."""
+    lm.prefill(ids[:1], cache := lm.new_cache())
+    cache.save(tmp_path / "c")
+    save_table("kvsharer", lm.config, {"pairs": [(3, 0), (4, 1), (2, 1)]})
+    fresh = lm.new_cache()
+    with pytest.raises(ZooError, match=r"c holds another cache.*by table"):
+        fresh.load(tmp_path / "c")
+    assert fresh.tokens_seen.sum() == 0
+    save_table("kvsharer", lm.config, {"pairs": PAIRS[::-1]})
+    lm.new_cache().load(tmp_path / "c")
+
+
 # Calibration
 
 
@@ -152,17 +166,18 @@ def test_pairs_are_found_greedily(lm: LM, ids: Tensor) -> None:
 
     threshold = sorted(like([(deeper, shallower)]) for deeper in range(5) for shallower in range(deeper))[5]
     pairs: list[tuple[int, int]] = []
-    refused = 0
+    refused = tried = 0
     every = [(deeper, shallower) for deeper in range(5) for shallower in range(deeper)]
     for d, s in sorted(every, key=lambda pair: -float(apart[pair])):
         free = all(d not in pair and s != pair[0] for pair in pairs)
         if free and len(pairs) < wanted:
-            good = like([*pairs, (d, s)]) > threshold
+            good, tried = like([*pairs, (d, s)]) > threshold, tried + 1
             pairs, refused = ([*pairs, (d, s)] if good else pairs), refused + (not good)
     assert refused
     assert pairs
     table = layer_pairs.calibrate(lm, passages.tolist(), wanted, threshold)
     assert table["pairs"] == pairs
+    assert table["tried"] == tried
     assert all(cosine > threshold for cosine in table["cosines"])
     assert len(layer_pairs.calibrate(lm, passages.tolist(), 1, -1.0)["pairs"]) == 1
     assert share(pairs, lm.config, 1, None, torch.float32, "cpu").nbytes().used == 8

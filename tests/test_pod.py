@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from conftest import write_checkpoint
 from torch import Tensor
 
 import zoo
-from zoo import adapt, calibrate, cli, layer_groups
+from zoo import adapt, calibrate, chat, cli, generate, layer_groups
 from zoo.adapt import Adaptation, Plan
 from zoo.attention import parse
-from zoo.attention.pod import Pod, PodCache, group
+from zoo.attention.pod import Pod, PodCache, group, load_groups
 from zoo.attention.tables import save_table, table_path
 from zoo.errors import ZooError
 from zoo.lm import LM
@@ -166,19 +167,23 @@ def test_a_third_of_the_bytes(folder: Path, tmp_path: Path, monkeypatch: pytest.
     assert 0.30 < 1 - pod.allocated / full.allocated < 0.35
 
 
+@torch.no_grad()
 def test_what_was_an_own_key_is_overwritten(lm: LM, ids: Tensor) -> None:
-    """No buffer of a layer that is not lowest holds the key that a distant token had there."""
+    """A distant token's own key in a layer that is not lowest is free at once, and gone from every buffer when the ring has come round;
+    nothing else holds it. Layer 1 is looked at: what it makes is the full cache's, since layer 0 reads its own keys."""
     lm.attn = parse("full")
-    full = lm.new_cache()
+    lm.model(ids[:1], full := lm.new_cache())
     _, cache = read(lm, "pod:first=5,recent=40", ids[:1])
-    with torch.no_grad():
-        lm.model(ids[:1], full)
     layer = cache[1]
     assert isinstance(layer, PodCache)
     assert layer.lowest == [1]
-    wanted = layer.store.pos[0, 0].tolist()
-    assert sorted(p for p in wanted if p >= 0) == [*range(5), *range(344, 400)]
-    assert not [name for name, t in layer.named_buffers() if t.shape[-1] == 16 and name not in ("store.k", "store.v", "v", "distant.k")]
+    assert sorted(p for p in layer.store.pos[0, 0].tolist() if p >= 0) == [*range(5), *range(344, 400)]
+    held = torch.cat([t.reshape(-1, 16) for t in cache.buffers() if t.shape[-1] == 16])
+    slots = full[1].slots()
+    for head, gone in ((0, range(5, 296)), (1, range(0))):  # the ring has 104 rows behind the first 5
+        own = {int(p): k for p, k in zip(slots.pos[0, head], slots.k[0, head], strict=True) if p >= 0}
+        found = {p for p, k in own.items() if ((held - k).abs().amax(1) < 1e-5).any()}
+        assert found == set(range(400)) - set(gone)
 
 
 # Compiled
@@ -216,11 +221,65 @@ def test_compiled_equals_eager(folder: Path, tmp_path: Path, monkeypatch: pytest
 # Tables and groups
 
 
+def test_load_refuses_a_cache_of_other_groups(lm: LM, ids: Tensor, tmp_path: Path) -> None:
+    """As many pairs are lowest, so all shapes are the same; the same table is taken."""
+    _, cache = read(lm, "pod:first=5,recent=40", ids[:1])
+    cache.save(tmp_path / "c")
+    other = [[0, 0], [1, 0], [1, 0], [1, 3], [1, 4]]
+    assert sum(a == i for groups in (GROUPS, other) for i, row in enumerate(groups) for a in row) == 10
+    save_table("pod", lm.config, {"groups": other})
+    fresh = lm.new_cache()
+    with pytest.raises(ZooError, match=r"c holds another cache.*by table"):
+        fresh.load(tmp_path / "c")
+    assert fresh.tokens_seen.sum() == 0
+    save_table("pod", lm.config, {"groups": GROUPS, "threshold": 0.7})
+    lm.new_cache().load(tmp_path / "c")
+
+
+def test_a_checkpoints_own_table_is_the_only_one(
+    lm: LM, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """pod.json beside the weights: read in place of the cache folder's, also after a calibration, which it refuses."""
+    shutil.copytree(folder, tmp_path / "own")
+    own = [[0, 0], [0, 0], [2, 2], [2, 2], [2, 2]]
+    (tmp_path / "own/pod.json").write_text(json.dumps({"groups": own, "attn": "pod:recent=40"}))
+    adapted = zoo.load(str(tmp_path / "own"), attn="pod:recent=40", compile="off")
+    assert adapted.config == lm.config
+    assert load_groups(adapted.config).tolist() == own
+    assert load_groups(lm.config).tolist() == GROUPS
+    text = ["--text", str(words(tmp_path / "t", 600))]
+    for more in ([], ["--adapt", str(tmp_path / "out")]):
+        assert cli.run(calibrate.main, ["pod", str(tmp_path / "own"), *text, *more]) == 2
+        assert "original" in capsys.readouterr().err
+    for broken, says in (("{", "pod.json"), ("{}", "does not fit the model beside it"), (json.dumps({"groups": [[0]]}), "does not fit")):
+        (tmp_path / "own/pod.json").write_text(broken)
+        with pytest.raises(ZooError, match=says):
+            adapted.new_cache()
+
+
+def test_notes(lm: LM, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command lines say where weights were not made for `pod`, or for other options of it; nothing where they were."""
+    shutil.copytree(folder, tmp_path / "own")
+    (tmp_path / "own/pod.json").write_text(json.dumps({"groups": GROUPS, "attn": "pod:recent=40"}))
+    for model, attn, says in (
+        (folder, "pod:recent=40", "note: pod is training-free here"),
+        (tmp_path / "own", "pod:recent=41", "note: these weights were trained for pod:recent=40, not for pod:recent=41"),
+        (tmp_path / "own", "pod:recent=40", ""),
+        (folder, "full", ""),
+    ):
+        assert cli.run(generate.main, ["hello", "--model", str(model), "--attn", attn, "--max-new-tokens", "2", "--compile", "off"]) == 0
+        notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note")]
+        assert len(notes) == bool(says)
+        assert not says or notes[0].startswith(says)
+    chat.command("/attn pod", chat.Conversation(lm, None, 5, {}), None)
+    assert "training-free" in capsys.readouterr().err
+
+
 def test_bad_tables(lm: LM) -> None:
     """One line says how to make one, or what is wrong with it."""
     chained = [[0, 0], [0, 0], [1, 2], [3, 3], [4, 4]]  # layer 2 reads a layer that is not lowest
     above = [[1, 0], [1, 1], [2, 2], [3, 3], [4, 4]]
-    for groups in (GROUPS[:4], [[0]] * 5, chained, above, [[-1, 0], *GROUPS[1:]], [[0.0, 0.0], *GROUPS[1:]], "x", 3, [[0], [0, 1]]):
+    for groups in (None, GROUPS[:4], [[0]] * 5, chained, above, [[-1, 0], *GROUPS[1:]], [[0.0, 0.0], *GROUPS[1:]], "x", 3, [[0], [0, 1]]):
         save_table("pod", lm.config, {"groups": groups})
         with pytest.raises(ZooError, match=r"another model.*zoo\.calibrate pod"):
             lm.new_cache()
@@ -298,17 +357,39 @@ def test_calibrate_reports_groups(
     assert f"{said['saved']:.1%} of the bytes saved after 300 tokens; KL from full {said['kl']:.3f} nats, 4 other passages" in err
     assert said["kl"] > 0.01
     lm = zoo.load(str(folder), attn="pod:first=4,recent=40", compile="off")
-    ids = lm.tokenizer.encode(text.read_text())
-    true, other = (
-        lm.logits(ids[-300:])[0].log_softmax(-1),
-        read(lm, "pod:first=4,recent=40", torch.tensor([ids[-300:]]))[0][0].log_softmax(-1),
-    )
-    kl = (true.exp() * (true - other)).sum(-1)[44:].mean()
-    assert layer_groups.cost(lm, Pod(4, 40), [ids[-300:]])["kl"] == pytest.approx(float(kl), rel=1e-3)
+    ids = torch.tensor([lm.tokenizer.encode(text.read_text())[-300:]])
+    (other, cache), (true, full) = (read(lm, attn, ids) for attn in ("pod:first=4,recent=40", "full"))
+    true, other = true[0].log_softmax(-1), other[0].log_softmax(-1)
+    far = [p for p in range(300) if any(4 <= j < p // 64 * 64 - 40 for j in range(p))]
+    assert far == [*range(64, 300)]
+    found = layer_groups.cost(lm, Pod(4, 40), ids.tolist())
+    assert found["kl"] == pytest.approx(float((true[far].exp() * (true[far] - other[far])).sum(-1).mean()), rel=1e-3)
+    assert found["saved"] == pytest.approx(1 - cache.nbytes().used / full.nbytes().used)
+    assert str(lm.attn) == "full"
     assert cli.run(calibrate.main, [*command, "--threshold", "1"]) == 0
     alone = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert alone["groups"] == [[i, i] for i in range(5)]
     assert abs(alone["kl"]) < 1e-5
+    few = words(tmp_path / "few.txt", 150)
+    assert cli.run(calibrate.main, [*command, "--text", str(few), "--passages", "9"]) == 0
+    out, err = capsys.readouterr()
+    assert "the text has no other passage of 300 tokens" in err
+    assert "kl" not in json.loads(out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("window", [None, 30, 100])
+def test_which_queries_reach_something_distant(window: int | None) -> None:
+    """Against the rule as a loop; `check` names the fewest tokens."""
+    for first, recent in ((5, 40), (0, 64), (16, 112), (1, 1)):
+        m, at = Pod(first, recent), torch.arange(300)
+        oldest = [0 if window is None else max(0, p - window + 1) for p in range(300)]
+        far = [any(first <= j < p // 64 * 64 - recent for j in range(oldest[p], p)) for p in range(300)]
+        assert m.reaches(at, window).tolist() == far
+        least = far.index(True) + 1 if any(far) else 301
+        with pytest.raises(ZooError, match=f"--tokens {least} at least" if any(far) else "own window shows"):
+            layer_groups.check(m, least - 1, window)
+        if any(far):
+            layer_groups.check(m, least, window)
 
 
 @pytest.mark.parametrize(
@@ -318,10 +399,18 @@ def test_calibrate_reports_groups(
         (["pod", "--threshold", "2"], "between 0 and 1"),
         (["kvsharer", "--tokens", "5"], "at least 16"),
         (["kvsharer", "--layers", "-1"], "at least 0"),
-        (["kvsharer", "--adapt", "x"], "is for pod"),
         (["pod", "--recent", "0"], "between 1"),
         (["pod", "--adapt", "x"], "no table of layer groups"),
         (["pod", "--adapt", "."], "is there already"),
+        (["pod", "--tokens", "200"], "nothing is distant in 200 tokens: --tokens 321 at least"),
+        (["pod", "--adapt", "x", "--threshold", "0.5"], "groups that are there already"),
+        (["pod", "--adapt", "x", "--passages", "3"], "groups that are there already"),
+        (["pod", "--adapt", "x", "--lr", "-1"], "--lr above 0"),
+        (["pod", "--adapt", "x", "--lr", "inf"], "--lr above 0"),
+        (["pod", "--adapt", "x", "--steps", "0"], "--steps at least 1"),
+        (["pod", "--against", "x", "--adapt", "y"], "without --adapt"),
+        (["kvsharer", "--against", "x"], "are for pod"),
+        (["kvsharer", "--adapt", "x"], "are for pod"),
     ],
 )
 def test_bad_input(
@@ -357,6 +446,20 @@ def test_adaptation_lowers_kl(work: Adaptation) -> None:
     for name, p in work.teacher.model.named_parameters():
         assert torch.equal(p, true[name]), name
         assert p.grad is None, name
+
+
+def test_what_is_trained_of_gpt_neox(tmp_path: Path) -> None:
+    """Attention's four tensors a layer, by this family's names; not the norm that is called after it."""
+    lm, teacher = (zoo.load(str(write_checkpoint(tmp_path / "m", "gpt_neox", hidden_size=64)), compile="off") for _ in range(2))
+    c = lm.config
+    work = Adaptation(lm, teacher, Pod(4, 20), torch.zeros(c.num_hidden_layers, c.num_key_value_heads, dtype=torch.int64))
+    parts = ("query_key_value.weight", "query_key_value.bias", "dense.weight", "dense.bias")
+    wanted = {f"gpt_neox.layers.{i}.attention.{part}" for i in range(c.num_hidden_layers) for part in parts}
+    assert set(work.trained) == wanted
+    before = {name: p.clone() for name, p in lm.model.named_parameters()}
+    work.train(TEXT, Plan(steps=2, tokens=128), Path())
+    for name, p in lm.model.named_parameters():
+        assert torch.equal(p, before[name]) != (name in wanted), name
 
 
 def test_adaptation_goes_on(work: Adaptation, folder: Path, tmp_path: Path) -> None:
@@ -396,22 +499,118 @@ def test_adaptation_goes_on(work: Adaptation, folder: Path, tmp_path: Path) -> N
         begin().resume(tmp_path / "run")
 
 
+def adapting(folder: Path, text: Path, out: Path, *more: str) -> list[str]:
+    command = ["pod", str(folder), "--text", str(text), "--tokens", "128", "--first", "4", "--recent", "20", "--json"]
+    return [*command, "--dtype", "float32", "--adapt", str(out), "--minutes", "1000", "--steps", "20", *more]
+
+
 def test_adapt_writes_a_checkpoint(
     lm: LM, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command's folder loads as any other, with the same config, so that it finds the same groups; only attention's weights differ."""
+    """The command's folder loads as any other, with the same config, and finds its groups in it; only attention's weights differ.
+    `--against` then says, read through caches, what is recorded: bfloat16 products aside."""
     monkeypatch.setattr(adapt, "HELD_OUT", 2)
-    command = ["pod", str(folder), "--text", str(words(tmp_path / "t", 900)), "--tokens", "128", "--first", "4", "--recent", "20"]
-    command += ["--dtype", "float32", "--adapt", str(tmp_path / "out"), "--minutes", "0.05", "--json"]
-    assert cli.run(calibrate.main, command) == 0
+    for name in ("pytorch_model.bin", "model.gguf", "model.safetensors.index.json.bak", "README.md"):
+        (source := tmp_path / "source").mkdir(exist_ok=True)
+        (source / name).write_text("x")
+    shutil.copytree(folder, source, dirs_exist_ok=True)
+    text = words(tmp_path / "t", 900)
+    assert cli.run(calibrate.main, adapting(source, text, tmp_path / "out")) == 0
     out, err = capsys.readouterr()
     said = json.loads(out.splitlines()[-1])
-    assert said["after"] < said["before"]
-    assert f"KL {said['before']:.3f} before, {said['after']:.3f} after {said['steps']} steps" in err
-    assert json.loads((tmp_path / "out/pod.json").read_text())["groups"] == GROUPS
+    assert said["steps"] == 20
+    assert f"KL {said['before']:.3f} before, {said['after']:.3f} after 20 steps" in err
+    kept = json.loads((tmp_path / "out/pod.json").read_text())
+    assert kept == {name: value for name, value in said.items() if name != "path"}
+    assert kept["groups"] == GROUPS
     assert not (tmp_path / "out.training").exists()
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in folder.iterdir()} | {"pod.json", "README.md"}
+    save_table("pod", lm.config, {"groups": [[0, 0]] * 5})
     adapted = zoo.load(str(tmp_path / "out"), attn="pod", compile="off")
     assert adapted.config == lm.config
     assert adapted.generate("Call me", 5)
     for (name, mine), theirs in zip(adapted.model.named_parameters(), lm.model.parameters(), strict=True):
         assert torch.equal(mine, theirs) != ("self_attn" in name), name
+    command = ["pod", str(folder), "--text", str(text), "--tokens", "128", "--passages", "2", "--first", "4", "--recent", "20", "--json"]
+    assert cli.run(calibrate.main, [*command, "--against", str(tmp_path / "out")]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out.splitlines()[-1])
+    assert found["kl_before"] == pytest.approx(said["before"], rel=0.05)
+    assert found["kl_after"] == pytest.approx(said["after"], rel=0.05)
+    assert 0 < found["kl_full"] != pytest.approx(found["kl_after"], rel=0.05)
+    assert f"original {found['kl_before']:.3f}, adapted {found['kl_after']:.3f}" in err
+    assert cli.run(calibrate.main, [*command, "--against", str(folder)]) == 2
+    assert "pod.json" in capsys.readouterr().err
+
+
+def test_adapt_goes_on_after_ctrl_c(
+    lm: LM, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command, interrupted and given again, writes what it would have written at once; a state saved amid a step is not."""
+    monkeypatch.setattr(adapt, "HELD_OUT", 1)
+    text = words(tmp_path / "t", 900)
+    assert cli.run(calibrate.main, adapting(folder, text, tmp_path / "once", "--steps", "6")) == 0
+    divergence, calls = Adaptation.divergence, [0]
+
+    def stop(self: Adaptation, ids: Tensor) -> Tensor:
+        calls[0] += 1
+        if calls[0] == 5:  # one was of the held-out passage
+            raise KeyboardInterrupt
+        return divergence(self, ids)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Adaptation, "divergence", stop)
+        assert cli.run(calibrate.main, adapting(folder, text, tmp_path / "out", "--steps", "6")) == 130
+    assert (tmp_path / "out.training/state.safetensors").exists()
+    assert not (tmp_path / "out").exists()
+    capsys.readouterr()
+    assert cli.run(calibrate.main, adapting(folder, text, tmp_path / "out", "--steps", "6")) == 0
+    assert "going on from" in (err := capsys.readouterr().err)
+    assert "step 3" in err
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "once/model.safetensors").read_bytes()
+    work = Adaptation(lm, lm, Pod(4, 20), torch.tensor(GROUPS))
+
+    def amid(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(work.optimizer, "step", amid)
+    with pytest.raises(KeyboardInterrupt):
+        work.train(TEXT, Plan(steps=2, tokens=128), tmp_path / "amid")
+    assert not (tmp_path / "amid").exists()
+
+
+def test_adapt_saves_as_it_goes(work: Adaptation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every SAVE_EVERY seconds; a loss that is no number ends it, and what was saved is from before."""
+    monkeypatch.setattr(adapt, "SAVE_EVERY", 0.0)
+    whole = work.divergence
+
+    def broken(ids: Tensor) -> Tensor:
+        return whole(ids) * (torch.nan if work.step == 3 else 1)
+
+    work.divergence = broken  # type: ignore[method-assign]
+    with pytest.raises(ZooError, match=r"loss of step 4 is nan; try a smaller --lr"):
+        work.train(TEXT, Plan(steps=6, tokens=128), tmp_path / "run")
+    again = Adaptation(work.lm, work.teacher, Pod(4, 20), torch.tensor(GROUPS))
+    assert again.resume(tmp_path / "run")
+    assert again.step == 3
+    assert all(bool(p.isfinite().all()) for p in again.trained.values())
+
+
+@pytest.mark.parametrize(
+    ("groups", "count", "more", "says"),
+    [
+        ([[i, i] for i in range(5)], 900, [], "no layer shares keys"),
+        (GROUPS, 40, [], "two passages of 128 are needed"),
+        (GROUPS, 900, ["--recent", "60"], ""),
+        (GROUPS, 900, ["--recent", "124"], "--tokens 193 at least"),
+    ],
+)
+def test_adapt_refuses_before_it_loads_weights(
+    lm: LM, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    groups: list[list[int]], count: int, more: list[str], says: str,
+) -> None:  # fmt: skip
+    """With near=64, the query at 128 is the first to have something distant: passages of 128 have none."""
+    monkeypatch.setattr(zoo, "load", lambda *_, **__: pytest.fail("loaded"))
+    save_table("pod", lm.config, {"groups": groups})
+    assert cli.run(calibrate.main, adapting(folder, words(tmp_path / "t", count), tmp_path / "out", *more)) == 2
+    assert (says or "--tokens 129 at least") in capsys.readouterr().err

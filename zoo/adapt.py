@@ -5,8 +5,9 @@ Distillation from the model itself: what it knows stays, and text is all that is
 layer: queries, keys, values, output. Matrix products run in bfloat16; the weights themselves and Adam's averages are float32. Attention is
 the dense, differentiable form of `pod` (zoo/attention/pod.py), with the groups of the model's table.
 
-The state is saved in FOLDER.training every few minutes, and a run that was stopped goes on from there, with the same draws. FOLDER is a
-checkpoint as any other; it appears whole, at the end.
+The state is saved in FOLDER.training every few minutes and at Ctrl-C, and a run that was stopped goes on from there, with the same draws.
+FOLDER is a checkpoint as any other; it appears whole, at the end. Its pod.json says how it was made, and holds the groups: the model is
+read by these from then on, whatever another calibration finds.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ import torch
 from torch import Tensor, nn
 
 from zoo.attention.pod import Pod
+from zoo.checkpoint import INDEX
 from zoo.errors import ZooError
+from zoo.hub import SMALL
 from zoo.random import uniform
 
 TRAINED = r"self_attn\.|attention\."  # Llama's and Mistral's names, GPT-NeoX's
 HELD_OUT = 8  # passages
 SAVE_EVERY = 180.0  # seconds
+COPIED = {*SMALL, "LICENSE", "README.md"} - {INDEX}  # what a checkpoint has beside its weights
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Adaptation:
             name: p.requires_grad_() for name, p in lm.model.named_parameters() if re.search(TRAINED, name)
         }
         self.optimizer = torch.optim.AdamW(self.trained.values(), betas=(0.9, 0.98), weight_decay=0.0)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.whole = 0, 0.0, True  # whole: not amid a change of the weights
 
     def divergence(self, ids: Tensor) -> Tensor:
         """KL(full || pod) in nats after each token of ids (B, T): (B, T)."""
@@ -72,10 +76,20 @@ class Adaptation:
     @torch.no_grad()
     def held_out(self, passages: Sequence[Sequence[int]]) -> float:
         """Mean KL after tokens that have something distant."""
-        return float(torch.stack([self.divergence(torch.tensor([list(ids)]))[0, self.method.near :].mean() for ids in passages]).mean())
+        window = self.lm.config.sliding_window
+        found = [self.divergence(torch.tensor([list(ids)]))[0, self.method.reaches(torch.arange(len(ids)), window)] for ids in passages]
+        return float(torch.cat(found).mean())
 
     def train(self, text: Sequence[int], plan: Plan, folder: Path) -> None:
-        """Until the plan's time or steps are over. A step draws a passage of the text by (seed, step)."""
+        """Until the plan's time or steps are over. A step draws a passage of the text by (seed, step). Ctrl-C saves the state first."""
+        try:
+            self.steps(text, plan, folder)
+        except KeyboardInterrupt:
+            if self.whole:
+                self.save(folder)
+            raise
+
+    def steps(self, text: Sequence[int], plan: Plan, folder: Path) -> None:
         start, saved, mean = time.perf_counter() - self.seconds, time.perf_counter(), math.nan
         while (done := max(self.seconds / (60 * plan.minutes), self.step / plan.steps)) < 1:
             at = int(float(uniform(plan.seed, torch.tensor(self.step))) * (len(text) - plan.tokens + 1))
@@ -83,13 +97,14 @@ class Adaptation:
             for part in self.optimizer.param_groups:
                 part["lr"] = plan.lr * min(1.0, 20 * done) * 0.5 * (1 + math.cos(math.pi * done)) if self.step else 0.0
             loss = self.divergence(ids).mean()
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
             if not math.isfinite(value := float(loss.detach())):
                 raise ZooError(f"the loss of step {self.step + 1} is {value}; try a smaller --lr")
-            self.step, self.seconds = self.step + 1, time.perf_counter() - start
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
+            self.whole = False
+            self.optimizer.step()
+            self.step, self.seconds, self.whole = self.step + 1, time.perf_counter() - start, True
+            self.optimizer.zero_grad()
             mean = value if math.isnan(mean) else 0.95 * mean + 0.05 * value
             if self.step % 10 == 0:
                 print(f"step {self.step}, {self.seconds / 60:.1f} minutes: KL {mean:.3f}", file=sys.stderr, flush=True)
@@ -154,7 +169,7 @@ def write(lm: Any, source: Path, out: Path, dtype: torch.dtype, about: dict[str,
     work.mkdir(parents=True)
     try:
         for file in source.iterdir():
-            if file.is_file() and ".safetensors" not in file.name:
+            if file.is_file() and file.name in COPIED:
                 shutil.copyfile(file, work / file.name)
         tensors = {name: p.detach().to(dtype).contiguous() for name, p in lm.model.named_parameters()}
         save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
@@ -169,22 +184,29 @@ def run(args: Any, text: str) -> dict[str, Any]:
     import zoo
     from zoo import hub
     from zoo.attention.pod import load_groups
+    from zoo.attention.tables import own_table
+    from zoo.checkpoint import lay_out
+    from zoo.layer_groups import check
+    from zoo.tokenizer import Tokenizer
 
-    source, out = hub.find(args.model), Path(args.adapt)
+    source, out, method = hub.find(args.model), Path(args.adapt), Pod(args.first, args.recent)
     if out.exists():
         raise ZooError(f"{out} is there already; give another folder, or remove it")
-    teacher = zoo.load(str(source), dtype=args.dtype or "bfloat16", compile="off")
-    groups = load_groups(teacher.config)
-    lm = zoo.load(str(source), dtype="float32", compile="off")
-    ids = lm.tokenizer.encode(text)
-    tokens, method = args.tokens or 1024, Pod(args.first, args.recent)
-    held_out = [ids[i : i + tokens] for i in range(len(ids) - tokens, tokens, -tokens)][:HELD_OUT]
+    config = lay_out(source).config
+    if own_table("pod", config) is not None:
+        raise ZooError(f"{source} is adapted already; start from the original")
+    groups = load_groups(config)
+    if bool((groups == torch.arange(len(groups))[:, None]).all()):
+        raise ZooError("no layer shares keys with another: there is nothing to train for; calibrate pod with a lower --threshold")
+    tokens = min(args.tokens or 1024, config.max_position_embeddings)
+    check(method, tokens, config.sliding_window)
+    ids = Tokenizer.load(source).encode(text)
+    held_out = [ids[i : i + tokens] for i in range(len(ids) - tokens, tokens - 1, -tokens)][:HELD_OUT]
     train = ids[: len(ids) - tokens * len(held_out)]
-    if tokens < method.near + 64 or not held_out:
-        least = method.near + 64
-        raise ZooError(
-            f"--tokens {tokens}, text of {len(ids)}: a passage needs {least} tokens at least, the text two passages; or smaller --recent"
-        )
+    if not held_out:
+        raise ZooError(f"the text has {len(ids)} tokens; two passages of {tokens} are needed: a longer text, or fewer --tokens")
+    teacher = zoo.load(str(source), dtype=args.dtype or "bfloat16", compile="off")
+    lm = zoo.load(str(source), dtype="float32", compile="off")
     folder = out.with_name(out.name + ".training")
     digest = hashlib.sha256(text.encode()).hexdigest()
     work = Adaptation(lm, teacher, method, groups, f"{source.resolve()} {tokens} {args.lr} {digest}")
@@ -193,7 +215,7 @@ def run(args: Any, text: str) -> dict[str, Any]:
         print(f"going on from {folder}, step {work.step}", file=sys.stderr)
     else:
         print(f"{method}: KL from full {before:.3f} nats on {len(held_out)} held-out passages of {tokens} tokens", file=sys.stderr)
-    work.train(train, Plan(minutes=args.minutes, lr=args.lr, tokens=tokens), folder)
+    work.train(train, Plan(args.minutes, args.steps, tokens, args.lr), folder)
     after = work.held_out(held_out)
     about = {"before": before, "after": after, "steps": work.step, "tokens": tokens, "attn": str(method), "groups": groups.tolist()}
     write(lm, source, out, teacher.dtype, about)

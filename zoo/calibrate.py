@@ -5,7 +5,7 @@ A table is a small JSON file in zoo's cache folder, made for a model once.
             printed: the delta at that budget, and the median distance between un-rotated keys, in whose terms `delta=...` is chosen
 `kvsharer`  which layers can do without keys and values of their own (zoo/layer_pairs.py)
 `pod`       which layers can share keys of distant tokens, and what that saves and costs (zoo/layer_groups.py). `--adapt` then trains the
-            model's weights for it (zoo/adapt.py), and writes them as a checkpoint folder
+            model's weights for it (zoo/adapt.py), and writes them as a checkpoint folder; `--against FOLDER` says what came of it
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zoo import cli
-from zoo.attention.tables import save_table
+from zoo.attention.tables import own_table, save_table
 from zoo.errors import ZooError
 
 LAST = 64  # pod: the queries of a passage whose attention is compared
@@ -77,10 +78,11 @@ def kvsharer(lm: Any, passages: Passages, text: list[int], args: Any) -> tuple[d
 
 def pod(lm: Any, passages: Passages, text: list[int], args: Any) -> tuple[dict[str, Any], list[str]]:
     from zoo.attention.pod import Pod
-    from zoo.layer_groups import calibrate, cost, report
+    from zoo.layer_groups import calibrate, check, cost, report
 
-    table = calibrate(lm, passages, LAST, args.threshold)
     method, size = Pod(args.first, args.recent), len(passages[0])
+    check(method, size, lm.config.sliding_window)
+    table = calibrate(lm, passages, LAST, args.threshold)
     held_out = [text[i : i + size] for i in range(len(text) - size, len(passages) * size - 1, -size)][:HELD_OUT]
     lines = report(table)
     if held_out:
@@ -90,7 +92,27 @@ def pod(lm: Any, passages: Passages, text: list[int], args: Any) -> tuple[dict[s
         lines.append(
             f"  {method}: {saved:.1%} of the bytes saved after {size} tokens; KL from full {kl:.3f} nats, {len(held_out)} other passages"
         )
+    else:
+        lines.append(f"  what it costs is not measured: the text has no other passage of {size} tokens; a longer text, or fewer --passages")
     return table, lines
+
+
+def compare(lm: Any, passages: Passages, args: Any) -> dict[str, Any]:
+    """What adapting lm gained, on these passages."""
+    import zoo
+    from zoo.attention.pod import Pod
+    from zoo.layer_groups import against, check
+
+    method, size = Pod(args.first, args.recent), len(passages[0])
+    check(method, size, lm.config.sliding_window)
+    adapted = zoo.load(args.against, dtype=args.dtype, compile="off")
+    found: dict[str, Any] = against(lm, adapted, method, passages)
+    print(
+        f"{method}, the last {len(passages)} passages of {size} tokens, KL from the original with full: original {found['kl_before']:.3f}, "
+        f"adapted {found['kl_after']:.3f}, adapted with full {found['kl_full']:.3f} nats; {found['saved']:.1%} of the bytes saved",
+        file=sys.stderr,
+    )
+    return found
 
 
 METHODS: dict[str, tuple[Any, int, int, int]] = {  # what makes the table; tokens a passage, at least and by default; passages
@@ -109,13 +131,15 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--passages", type=int, help="how many passages to average over; 2, 30 and 4 unless given")
     p.add_argument("--share", type=float, default=12.5, help="subgen: the budget in percent at which heads are weighed")
     p.add_argument(
-        "--threshold", type=float, default=0.5, help="pod: how alike layers of a group are; kvsharer: the cosine that must be left"
+        "--threshold", type=float, help="pod: how alike layers of a group are; kvsharer: the cosine that must be left; 0.5 unless given"
     )
     p.add_argument("--layers", type=int, default=0, help="kvsharer: how many layers keep nothing; a quarter unless given")
     p.add_argument("--first", type=int, default=16, help="pod: first tokens, near ones in all layers")
     p.add_argument("--recent", type=int, default=256, help="pod: most recent tokens, near ones in all layers")
     p.add_argument("--adapt", metavar="FOLDER", help="pod: train the model's weights for the groups, into this folder")
     p.add_argument("--minutes", type=float, default=30, help="--adapt: how long to train")
+    p.add_argument("--steps", type=int, default=2**31, help="--adapt: how many steps at most")
+    p.add_argument("--against", metavar="FOLDER", help="pod: what --adapt into this folder gained, on the text's last passages")
     p.add_argument("--lr", type=float, default=1e-3, help="--adapt: the highest learning rate")
     p.add_argument("--dtype", choices=["bfloat16", "float16", "float32"])
     p.add_argument("--threads", type=int)
@@ -125,10 +149,15 @@ def main(argv: list[str] | None = None) -> None:
     tokens, count = tokens if args.tokens is None else args.tokens, count if args.passages is None else args.passages
     if tokens < least or count < 1 or not 0 < args.share <= 100:
         raise ZooError(f"--tokens must be at least {least}, --passages at least 1, --share above 0 and at most 100")
-    if not 0 <= args.threshold <= 1 or args.layers < 0 or not (args.minutes > 0 and args.lr > 0):
-        raise ZooError("--threshold must be between 0 and 1, --layers at least 0, --minutes and --lr above 0")
-    if args.adapt and args.method != "pod":
-        raise ZooError(f"--adapt is for pod; {args.method} changes no weights")
+    if args.adapt and (args.threshold is not None or args.passages is not None):
+        raise ZooError("--adapt trains for groups that are there already: --threshold and --passages are for the call that finds them")
+    if args.against and (args.adapt or args.threshold is not None):
+        raise ZooError("--against measures what is there: without --adapt and --threshold")
+    args.threshold = 0.5 if args.threshold is None else args.threshold
+    if not 0 <= args.threshold <= 1 or args.layers < 0 or args.steps < 1 or not (0 < args.minutes < inf and 0 < args.lr < inf):
+        raise ZooError("--threshold must be between 0 and 1, --layers at least 0, --steps at least 1, --minutes and --lr above 0")
+    if (args.adapt or args.against) and args.method != "pod":
+        raise ZooError(f"--adapt and --against are for pod; {args.method} changes no weights")
     import zoo
     from zoo.attention.pod import Pod
     from zoo.generate import read
@@ -143,13 +172,20 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(found) if args.json else found["path"])
         return
     lm = zoo.load(args.model, dtype=args.dtype, compile="off")
+    if own_table(args.method, lm.config) is not None:
+        raise ZooError(f"{lm.config.folder} has a table of its own, which its weights were trained for; calibrate the original")
     tokens = min(tokens, lm.config.max_position_embeddings)
     ids = lm.tokenizer.encode(text)
-    passages = [ids[i : i + tokens] for i in range(0, len(ids) - tokens + 1, tokens)][:count]
+    starts = range(len(ids) - tokens, -1, -tokens) if args.against else range(0, len(ids) - tokens + 1, tokens)
+    passages = [ids[i : i + tokens] for i in starts[:count]]
     if not passages:
         raise ZooError(f"the text is {len(ids)} tokens, shorter than a passage of {tokens}; give a longer one, or fewer --tokens")
     if len(passages) < count:
         print(f"the text has only {len(passages)} passages of {tokens} tokens", file=sys.stderr)
+    if args.against:
+        found = compare(lm, passages, args)
+        print(json.dumps(found) if args.json else f"{found['kl_after']:.3f}")
+        return
     table, lines = make(lm, passages, ids, args)
     path = save_table(args.method, lm.config, table)
     print("\n".join(lines), file=sys.stderr)

@@ -81,6 +81,7 @@ def lay_out(folder: Path) -> Any:
         config = family.Config.from_dict(raw)
     except ZooError as e:
         raise ZooError(one_line(f"{folder}/{e}" if str(e).startswith("config.json") else f"{folder}/config.json: {e}")) from None
+    object.__setattr__(config, "folder", folder)
     tensors = {name: t for file in weight_files(folder) for name, t in read_header(folder / file).items()}
     widest = max((n for t in tensors.values() if t.end > t.begin for n in t.shape), default=0)
     sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "intermediate_size")}

@@ -63,7 +63,7 @@ def load(args: argparse.Namespace) -> LM:
     import zoo
 
     set_threads(args.threads)
-    return zoo.load(
+    lm = zoo.load(
         args.model,
         attn=args.attn,
         dtype=args.dtype,
@@ -72,6 +72,14 @@ def load(args: argparse.Namespace) -> LM:
         backend=args.backend,
         weights=args.weights,
     )
+    tell(lm)
+    return lm
+
+
+def tell(lm: LM) -> None:
+    """What must be known of the method that was chosen, on standard error."""
+    if note := lm.attn.note(lm.config):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def set_threads(threads: int | None) -> None:

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from zoo import cli
-from zoo.attention.cache import NoCache
+from zoo.attention.cache import BLOCK, Attention, Caches, NoCache
+from zoo.attention.full import Full
 from zoo.attention.pod import Pod, group
 from zoo.attention.slots import Slots, slot_scores
+from zoo.attention.tables import own_table
+from zoo.errors import ZooError
 
 
 class Watched(NoCache):
@@ -60,27 +63,65 @@ def pieces(lm: Any, ids: Sequence[int], caches: Any) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def cost(lm: Any, method: Pod, passages: Sequence[Sequence[int]]) -> dict[str, float]:
-    """What `method` costs and saves on held-out passages: kl, mean KL(full || pod) in nats after the tokens that have something distant;
-    saved, the share of the full cache's bytes at their ends. ZooError where there is no table."""
-    from zoo.attention.full import Full
-
-    total, count, saved = 0.0, 0, 0.0
+def costs(lm: Any, readers: Sequence[tuple[Any, Any]], method: Pod, passages: Sequence[Sequence[int]]) -> tuple[list[float], float]:
+    """KL(lm with the full cache || a reader), in nats, for readers (model, its caches' maker), after the tokens of these passages that
+    have something distant; and the share of the full cache's bytes that the first reader's saves at their ends."""
+    total, count, saved = [0.0] * len(readers), 0, 0.0
     progress = cli.Progress()
     for number, ids in enumerate(passages):
-        lm.attn = method
-        caches = lm.new_cache()
-        lm.attn = Full()
-        exact = lm.new_cache()
+        exact = new_cache(lm, Full())
         true = torch.cat(list(pieces(lm, ids, exact)))
-        at = 0
-        for other in pieces(lm, ids, caches):
-            kl = (true[at : at + len(other)].exp() * (true[at : at + len(other)] - other)).sum(-1)
-            kl = kl[max(0, method.near - at) :]
-            total, count, at = total + float(kl.sum()), count + len(kl), at + len(other)
-        saved += 1 - caches.nbytes().used / exact.nbytes().used
+        counts = method.reaches(torch.arange(len(ids)), lm.config.sliding_window)
+        for which, (reader, make) in enumerate(readers):
+            at, caches = 0, make()
+            for other in pieces(reader, ids, caches):
+                here = slice(at, at + len(other))
+                kl = (true[here].exp() * (true[here] - other)).sum(-1)
+                total[which], at = total[which] + float(kl[counts[here]].sum()), at + len(other)
+            if which == 0:
+                saved += 1 - caches.nbytes().used / exact.nbytes().used
+        count += int(counts.sum())
         progress(number + 1, len(passages))
-    return {"kl": total / max(1, count), "saved": saved / max(1, len(passages))}
+    return [x / count for x in total], saved / len(passages)
+
+
+def new_cache(lm: Any, method: Attention) -> Caches:
+    """An empty cache by this method, whatever lm.attn is."""
+    own, lm.attn = lm.attn, method
+    try:
+        return lm.new_cache()
+    finally:
+        lm.attn = own
+
+
+def cost(lm: Any, method: Pod, passages: Sequence[Sequence[int]]) -> dict[str, float]:
+    """What `method` costs and saves on held-out passages: kl and saved, as `costs` has them. ZooError where there is no table."""
+    (kl,), saved = costs(lm, [(lm, lambda: new_cache(lm, method))], method, passages)
+    return {"kl": kl, "saved": saved}
+
+
+def against(lm: Any, adapted: Any, method: Pod, passages: Sequence[Sequence[int]]) -> dict[str, float]:
+    """KL from lm with the full cache, through real caches, of: lm with `method` (kl_before), the adapted model with it (kl_after), by the
+    adapted model's groups both, and the adapted model with the full cache (kl_full)."""
+    if adapted.config != lm.config or own_table("pod", adapted.config) is None:
+        raise ZooError("--against takes a folder that --adapt made from this model: with the same config, and a pod.json")
+
+    def pod() -> Caches:
+        return new_cache(adapted, method)
+
+    readers = [(lm, pod), (adapted, pod), (adapted, lambda: new_cache(lm, Full()))]
+    (before, after, full), saved = costs(lm, readers, method, passages)
+    return {"kl_before": before, "kl_after": after, "kl_full": full, "saved": saved}
+
+
+def check(method: Pod, tokens: int, window: int | None) -> None:
+    """Raises ZooError where passages of this many tokens have nothing distant: they cannot say what `method` costs."""
+    if bool(method.reaches(torch.arange(tokens), window).any()):
+        return
+    least = method.near // BLOCK * BLOCK + BLOCK + 1
+    if tokens >= least:
+        raise ZooError(f"nothing is distant for this model, whose own window shows {window} tokens: a smaller --recent is needed")
+    raise ZooError(f"nothing is distant in {tokens} tokens: --tokens {least} at least, or a smaller --first or --recent")
 
 
 def calibrate(lm: Any, passages: Sequence[Sequence[int]], last: int, threshold: float) -> dict[str, Any]:

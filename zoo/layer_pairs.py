@@ -33,14 +33,14 @@ def distances(caches: Caches) -> Tensor:
 
 @torch.no_grad()
 def calibrate(lm: Any, passages: Sequence[Sequence[int]], wanted: int, threshold: float) -> dict[str, Any]:
-    """The table: pairs (deeper, shallower), at most `wanted`, in the order found, and the cosine to the original after each. Pairs of
-    layers are tried from the most distant on; a layer that reads is not read, and reads one other."""
+    """The table: pairs (deeper, shallower), at most `wanted`, in the order found, the cosine to the original after each, and how many were
+    tried. Pairs of layers are tried from the most distant on; a layer that reads is not read, and reads one other."""
     ids = torch.tensor(passages)
     true, caches = read(lm, ids, [])
     apart = distances(caches)
     order = sorted(((d, s) for d in range(len(apart)) for s in range(d)), key=lambda pair: -float(apart[pair]))
     pairs, cosines = list[tuple[int, int]](), list[float]()
-    progress = cli.Progress()
+    progress, tried = cli.Progress(), 0
     for number, (deeper, shallower) in enumerate(order):
         reading, kept = {d for d, _ in pairs}, {s for _, s in pairs}
         if len(pairs) >= wanted:
@@ -48,11 +48,12 @@ def calibrate(lm: Any, passages: Sequence[Sequence[int]], wanted: int, threshold
         if deeper in reading or shallower in reading or deeper in kept:
             continue
         hidden, _ = read(lm, ids, [*pairs, (deeper, shallower)])
+        tried += 1
         if (like := float(F.cosine_similarity(hidden.float(), true.float(), dim=-1).mean())) > threshold:
             pairs.append((deeper, shallower))
             cosines.append(like)
         progress(number + 1, len(order))
-    return {"pairs": pairs, "cosines": cosines, "tried": number + 1 if order else 0}
+    return {"pairs": pairs, "cosines": cosines, "tried": tried}
 
 
 def report(table: dict[str, Any], layers: int) -> list[str]:

@@ -134,6 +134,7 @@ class Caches(nn.ModuleList):
     def __init__(self, caches: Sequence[Cache], batch: int, device: Any) -> None:
         super().__init__(caches)
         self.about = ""  # method, model and dtype: what a saved state must share with the cache that loads it
+        self.table_digest = ""  # of what it was made with of the method's table: the same
         self.max_tokens: int | None = None  # how long sequences are expected to get
         self.room: Tensor | int = 0  # (B,) tokens that fit before a cache must be asked again
         self.register_buffer("tokens_seen", torch.zeros(batch, dtype=torch.int64, device=device))
@@ -286,7 +287,8 @@ class Caches(nn.ModuleList):
 
     def kind(self) -> str:
         """What a saved state must share with the cache that loads it."""
-        return f"{self.about or type(self[0]).__name__}, {len(self)} layers, batch {self.batch}"
+        table = self.table_digest and f" by table {self.table_digest}"
+        return f"{self.about or type(self[0]).__name__}{table}, {len(self)} layers, batch {self.batch}"
 
 
 @dataclass(frozen=True)
@@ -310,6 +312,10 @@ class Attention:
     ) -> Caches:
         """A fresh cache for `batch` sequences of a model with this config and rotary embedding. max_tokens is a hint of how long they
         will get, prompt_tokens what `%` budgets are a share of (None: what `begin_prompt` announces)."""
+
+    def note(self, config: Any) -> str:
+        """What who runs a model of this config by this method must know, in one line; the command lines print it. Mostly nothing."""
+        return ""
 
     def __str__(self) -> str:
         """As it is spelled: options that have their default are left out, but for the one a method is about."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from zoo.attention.cache import BLOCK, Attention, Cache, Caches
 from zoo.attention.full import FullCache
 from zoo.attention.store import SlotStore
-from zoo.attention.tables import alien, load_table
+from zoo.attention.tables import alien, digest, load_table
 from zoo.errors import ZooError
 
 
@@ -97,7 +97,10 @@ class KVSharer(Attention):
             raise ZooError(
                 f"kvsharer: layers={self.layers}, but calibration found only {len(pairs)}; calibrate with --layers, or ask for less"
             )
-        return share(pairs[: self.layers or None], config, batch, max_tokens, dtype, device)
+        used = pairs[: self.layers or None]
+        caches = share(used, config, batch, max_tokens, dtype, device)
+        caches.table_digest = digest(sorted(used))
+        return caches
 
 
 def share(pairs: list[tuple[int, int]], config: Any, batch: int, max_tokens: int | None, dtype: torch.dtype, device: Any) -> Caches:

@@ -27,7 +27,7 @@ from zoo.attention.cache import BLOCK, Attention, Caches, round_up
 from zoo.attention.full import FullCache
 from zoo.attention.slots import Slots, blend, finish, flash_slots, merge, slot_parts
 from zoo.attention.store import resized
-from zoo.attention.tables import alien, load_table
+from zoo.attention.tables import alien, digest, load_table, own_table
 from zoo.errors import ZooError
 
 
@@ -163,7 +163,7 @@ class PodCaches(Caches):
         if not bool((self.tokens_seen % BLOCK == 0).any()):
             return
         m, near = self[0].method, self[0].store.pos[:, 0].long()
-        old = (near >= m.first) & (near < (self.tokens_seen // BLOCK * BLOCK - m.recent)[:, None])
+        old = (near >= m.first) & (near < m.end(self.tokens_seen)[:, None])
         rows = old.any(0).nonzero()[:, 0]
         if not len(rows):
             return
@@ -188,7 +188,7 @@ class DensePod:
         shared = torch.stack([self.made[a][:, g] for g, a in enumerate(self.groups)], 1)
         at, key = pos[:, None, :, None], pos[:, None, None, :]
         seen = key <= at if self.window is None else (key <= at) & (key > at - self.window)  # (B, 1, T, T)
-        distant = (key >= self.method.first) & (key < at // BLOCK * BLOCK - self.method.recent)
+        distant = (key >= self.method.first) & (key < self.method.end(at))
         mask = torch.cat((seen & ~distant, seen & distant), -1)
         return F.scaled_dot_product_attention(q, torch.cat((k, shared), 2), torch.cat((v, v), 2), attn_mask=mask, enable_gqa=True)
 
@@ -212,6 +212,21 @@ class Pod(Attention):
     def near(self) -> int:
         return self.first + self.recent
 
+    def end(self, at: Tensor) -> Tensor:
+        """Where distant tokens end for queries at these positions: `recent` before the block began."""
+        return at // BLOCK * BLOCK - self.recent
+
+    def reaches(self, at: Tensor, window: int | None = None) -> Tensor:
+        """Whether queries at these positions see anything distant, in a model with this window."""
+        begin = at * 0 + self.first if window is None else (at + 1 - window).clamp(min=self.first)
+        return self.end(at) > begin
+
+    def note(self, config: Any) -> str:
+        own = own_table("pod", config)
+        if own is None:
+            return "pod is training-free here: these weights were not made for it, and text suffers; zoo.calibrate pod --adapt trains them"
+        return "" if own.get("attn") == str(self) else f"these weights were trained for {own.get('attn')}, not for {self}"
+
     def caches(
         self, config: Any, rotary: Any, batch: int, max_tokens: int | None, prompt_tokens: int | None, dtype: torch.dtype, device: Any
     ) -> Caches:
@@ -220,7 +235,9 @@ class Pod(Attention):
         distant = DistantKeys(batch, pairs, config.head_dim, dtype, device)
         layers = range(config.num_hidden_layers)
         caches = [PodCache(self, i, groups, distant, config, batch, max_tokens or 0, dtype, device) for i in layers]
-        return PodCaches(caches, batch, device)
+        made = PodCaches(caches, batch, device)
+        made.table_digest = digest(groups.tolist())
+        return made
 
     def dense(self, groups: Tensor, window: int | None) -> list[DensePod]:
         """What `model.hidden(ids, None, cache)` takes for one call in training; `window` is the model's own."""
@@ -232,7 +249,7 @@ def load_groups(config: Any) -> Tensor:
     """(L, G) int64: the layer whose keys each layer's head reads, its own where it is lowest. Raises ZooError without a table that fits."""
     try:
         groups = torch.tensor(load_table("pod", config, "groups"))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RuntimeError):
         raise alien("pod", config) from None
     if groups.shape != (config.num_hidden_layers, config.num_key_value_heads) or groups.dtype != torch.int64:
         raise alien("pod", config)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Set
+from pathlib import Path
 from typing import Any
 
 from zoo.errors import ZooError
@@ -56,6 +57,12 @@ BOOKKEEPING = frozenset(
         "unsloth_version",
     ]
 )
+
+
+class Config:
+    """What the configs of all families share."""
+
+    folder: Path | None = None  # of the checkpoint it was read from, where there is one; says nothing of what the model is, so no field
 
 
 class Keys:

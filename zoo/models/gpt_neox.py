@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from zoo.attention.cache import Caches
 from zoo.errors import ZooError
-from zoo.models.config import Keys, heads, rope
+from zoo.models.config import Config, Keys, heads, rope
 from zoo.models.layers import CausalLM, Embedding, Linear, Rope, Rotary, attend
 
 tanh_gelu = partial(F.gelu, approximate="tanh")
@@ -57,7 +57,7 @@ DROPOUT = frozenset(["hidden_dropout", "attention_dropout", "classifier_dropout"
 
 
 @dataclass(frozen=True)
-class GPTNeoXConfig:
+class GPTNeoXConfig(Config):
     """What a GPT-NeoX is. Field names are those of config.json."""
 
     vocab_size: int

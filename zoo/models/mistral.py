@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.attention.cache import Caches
-from zoo.models.config import Keys, heads, rope
+from zoo.models.config import Config, Keys, heads, rope
 from zoo.models.layers import CausalLM, Embedding, Linear, RMSNorm, Rope, Rotary, attend
 
 
 @dataclass(frozen=True)
-class MistralConfig:
+class MistralConfig(Config):
     """What a Mistral is. Field names are those of config.json."""
 
     vocab_size: int
