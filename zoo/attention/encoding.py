@@ -89,6 +89,12 @@ class Encoding(Attention):
     def keys(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype) -> Tensor:
         """Decoded (P, PAGE, D)."""
 
+    def again(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values (P, PAGE, D) as they go into what is made anew of them. An unbiased estimate of a vector is longer than it, and
+        nearest centroids are shorter: encoded again and again, lengths would grow or shrink without end. So these are of the lengths
+        that were kept, and encoding them gives nearly the same codes."""
+        return self.keys(codes, tables, size, dtype), self.answer(self.values(codes, tables, size, dtype), tables)
+
     @abstractmethod
     def values(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype) -> Tensor:
         """Decoded (P, PAGE, D), or what `answer` makes that of."""
@@ -181,12 +187,15 @@ class EncodedPages(Pages):
         slots = {name: getattr(self, name).flatten(0, 1)[rows] for name in self.fields}
         return slots | {"row": torch.where(slots["pos"] >= 0, torch.arange(rows.shape[2], device=rows.device), -1)}
 
-    def read(self, layers: int | Sequence[int]) -> dict[str, Tensor]:
+    def read(self, layers: int | Sequence[int], anew: bool = False) -> dict[str, Tensor]:
         layers = [layers] if isinstance(layers, int) else layers
         slots, page = self.held(layers), self.rows(layers)[:, :, ::PAGE] // PAGE
         codes, shape, wide = self.coded(page.flatten()), (*slots["pos"].shape, self.size), torch.promote_types(self.dtype, torch.float32)
-        k = self.encoding.keys(codes, self.tables, self.size, wide)
-        v = self.encoding.answer(self.encoding.values(codes, self.tables, self.size, wide), self.tables)
+        if anew:
+            k, v = self.encoding.again(codes, self.tables, self.size, wide)
+        else:
+            k = self.encoding.keys(codes, self.tables, self.size, wide)
+            v = self.encoding.answer(self.encoding.values(codes, self.tables, self.size, wide), self.tables)
         return {"k": k.to(self.dtype).view(shape), "v": v.to(self.dtype).view(shape), **slots}
 
     def replace(self, layers: int | Sequence[int], slots: Mapping[str, Tensor]) -> None:
@@ -228,9 +237,10 @@ class EncodedPages(Pages):
         source = torch.full((A, G, R + 1), -1, device=rows.device)  # which slot comes into a row
         source.scatter_(2, torch.where(new, place, R), torch.arange(N, device=rows.device).expand(new.shape))
         source = source[:, :, :R]
-        # In rows that stay empty for now, what a page shares is found as if the head's other new slots lay there: it must suit later ones.
-        others = new.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-        other = others.gather(2, torch.arange(R, device=rows.device) % new.sum(-1, keepdim=True).clamp(min=1))
+        # In rows that stay empty for now, what a page shares is found as if others of the head's slots lay there, new ones first: it must
+        # suit later ones.
+        others = (there.to(torch.uint8) + new).argsort(dim=-1, descending=True, stable=True)
+        other = others.gather(2, torch.arange(R, device=rows.device) % there.sum(-1, keepdim=True).clamp(min=1))
         a, g, j = (source.unflatten(2, (-1, PAGE)) >= 0).any(-1).nonzero(as_tuple=True)
         for some in zip(*(t.split(WRITTEN) for t in (a, g, j)), strict=True):
             self.encode(slots, rows, source, other, taken, *some)

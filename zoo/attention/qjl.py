@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.attention.encoding import Code, Codes, Encoding
@@ -101,6 +102,12 @@ class QJL(Encoding):
     def keys(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype) -> Tensor:
         plain, own = (sign @ s * scale for s, sign, scale in self.halves(codes, tables, dtype))
         return plain.scatter(2, codes["k_channels"].long()[:, None].expand(*own.shape), own)
+
+    def again(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        plain, own = (sign @ s for s, sign, _ in self.halves(codes, tables, dtype))
+        index, norms = codes["k_channels"].long()[:, None].expand(*own.shape), codes["k_norms"].to(dtype)
+        plain, own = (F.normalize(x, dim=-1) * norms[..., i, None] for i, x in enumerate((plain.scatter(2, index, 0.0), own)))
+        return plain.scatter(2, index, own), self.values(codes, tables, size, dtype)
 
     def values(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype) -> Tensor:
         return decode_tokens(codes["v_steps"], codes["v_grid"], BITS, size, dtype)

@@ -227,7 +227,7 @@ class BudgetedCache(Cache):
 def settled(layers: Sequence[BudgetedCache]) -> dict[str, Tensor]:
     """Padded to the longest head (`Pages.read`), their masses up to date."""
     pages, index = layers[0].pages, [layer.index for layer in layers]
-    slots = pages.read(index)
+    slots = pages.read(index, anew=True)
     if any(any(pages.count[i]) for i in index):
         n = slots["pos"].shape[2]
         for name in MASSES:

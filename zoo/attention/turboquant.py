@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo import random
@@ -143,16 +144,23 @@ class TurboQuant(Encoding):
             codes["k_rest"] = rest.norm(dim=-1, keepdim=True).half()
         return codes
 
-    def turned(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype) -> Tensor:
-        """Decoded keys (..., D), still rotated."""
+    def turned(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype, factor: float) -> Tensor:
+        """Of decoded keys of length sqrt(D), still rotated: (..., D). factor: the length of what the centroids leave, for |r|."""
         y = self.expand(codes["k_code"], self.of_keys, tables, size, dtype)
         if self.mode == "prod":
-            scale = codes["k_rest"].to(dtype) * (unbiased(size) / size)
+            scale = codes["k_rest"].to(dtype) * (factor / size)
             y = y + scale * (signs(codes["k_sign"], size, dtype) @ tables["sketch"].to(dtype))
-        return y * (codes["k_norm"].to(dtype) * size**-0.5)
+        return y
 
     def keys(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype) -> Tensor:
-        return self.turned(codes, tables, size, dtype) @ tables["rotation"].to(dtype)
+        y = self.turned(codes, tables, size, dtype, unbiased(size)) * (codes["k_norm"].to(dtype) * size**-0.5)
+        return y @ tables["rotation"].to(dtype)
+
+    def again(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        k, v = self.turned(codes, tables, size, dtype, 1.0), self.expand(codes["v_code"], self.bits, tables, size, dtype)
+        pairs = ((k, codes["k_norm"]), (v, codes["v_norm"]))
+        k, v = (F.normalize(y, dim=-1) * norm.to(dtype) @ tables["rotation"].to(dtype) for y, norm in pairs)
+        return k, v
 
     def values(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype) -> Tensor:
         return self.expand(codes["v_code"], self.bits, tables, size, dtype) * (codes["v_norm"].to(dtype) * size**-0.5)
