@@ -145,7 +145,7 @@ class EncodedPages(Pages):
         extra: Any,
         stacked: bool = True,
     ) -> None:
-        self.encoding, self.size, self.dtype = encoding, size, dtype
+        self.encoding, self.size, self.dtype, self.stacked = encoding, size, dtype, stacked
         self.codes, self.spelling = encoding.codes(size, stacked), str(encoding)
         self.first: list[list[int]] = []
         super().__init__(layers, batch, heads, size, dtype, device, extra)
@@ -271,7 +271,8 @@ class EncodedSlots:
     """What a query reads of encoded pages: `PagedSlots` with codes in place of keys and values."""
 
     name: str  # the encoding's spelling
-    codes: list[Tensor]
+    stacked: bool
+    codes: list[Tensor]  # in the order of `Encoding.codes`
     tables: list[Tensor]
     pos: Tensor
     a: Tensor
@@ -281,7 +282,8 @@ class EncodedSlots:
     window: int | None = None
 
     def arguments(self) -> tuple[Any, ...]:
-        return (self.pos, self.a, self.pages, self.owner, len(self.table), self.window or 0, self.name, self.codes, self.tables)
+        pages = (self.pos, self.a, self.pages, self.owner, len(self.table), self.window or 0)
+        return (*pages, self.name, self.stacked, self.codes, self.tables)
 
     def parts(self, q: Tensor, q_pos: Tensor) -> Parts:
         """`slot_parts` of q (B, H, T, D) at q_pos (B, T)."""
@@ -300,10 +302,10 @@ class Blocks:
     """Encoded pages, a block at a time: (owners (n,), codes, scores (n, R, T, PAGE))."""
 
     def __init__(self, q: Tensor, q_pos: Tensor, pos: Tensor, a: Tensor, pages: Tensor, owner: Tensor, heads: int, window: int, name: str,
-                 codes: Sequence[Tensor], tables: Sequence[Tensor]) -> None:  # fmt: skip
+                 stacked: bool, codes: Sequence[Tensor], tables: Sequence[Tensor]) -> None:  # fmt: skip
         self.encoding, self.size = encoding_of(name), q.shape[-1]
         self.tables = dict(zip(self.encoding.shared, tables, strict=True))
-        self.codes = dict(zip(self.encoding.codes(self.size), codes, strict=False))
+        self.codes = dict(zip(self.encoding.codes(self.size, stacked), codes, strict=True))
         B, self.window = q.shape[0], window
         q = grouped(q, heads // B)
         self.shape = (heads, *q.shape[2:4])  # (B G, R, T)
@@ -324,9 +326,9 @@ class Blocks:
 
 @torch.library.custom_op("zoo::encoded_parts", mutates_args=())
 def encoded_parts(q: Tensor, q_pos: Tensor, pos: Tensor, a: Tensor, pages: Tensor, owner: Tensor, heads: int, window: int, name: str,
-                  codes: list[Tensor], tables: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+                  stacked: bool, codes: list[Tensor], tables: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """num (B G, R, T, D), its maxima and den (B G, R, T), of all pages. One operator, so that a compiled step has no loop."""
-    blocks = Blocks(q, q_pos, pos, a, pages, owner, heads, window, name, codes, tables)
+    blocks = Blocks(q, q_pos, pos, a, pages, owner, heads, window, name, stacked, codes, tables)
     top = blocks.q.new_full(blocks.shape, -torch.inf)
     num, den = blocks.q.new_zeros(*blocks.shape, blocks.size), blocks.q.new_zeros(blocks.shape)
     for who, block, score in blocks:
@@ -343,9 +345,9 @@ def encoded_parts(q: Tensor, q_pos: Tensor, pos: Tensor, a: Tensor, pages: Tenso
 
 @torch.library.custom_op("zoo::encoded_mass", mutates_args=())
 def encoded_mass(q: Tensor, q_pos: Tensor, top: Tensor, scale: Tensor, power: int, pos: Tensor, a: Tensor, pages: Tensor, owner: Tensor,
-                 heads: int, window: int, name: str, codes: list[Tensor], tables: list[Tensor]) -> Tensor:  # fmt: skip
+                 heads: int, window: int, name: str, stacked: bool, codes: list[Tensor], tables: list[Tensor]) -> Tensor:  # fmt: skip
     """(N, PAGE): exp(power (score - top)) scale, summed over queries; top, scale (B G, R, T)."""
-    blocks = Blocks(q, q_pos, pos, a, pages, owner, heads, window, name, codes, tables)
+    blocks = Blocks(q, q_pos, pos, a, pages, owner, heads, window, name, stacked, codes, tables)
     return torch.cat([((power * (x - top[who][..., None])).exp() * scale[who][..., None]).sum((1, 2)) for who, _, x in blocks])
 
 

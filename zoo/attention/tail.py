@@ -134,7 +134,7 @@ class BudgetedCache(Cache):
         p = self.pages
         if isinstance(p, EncodedPages):
             codes, tables = ([getattr(p, name) for name in names] for names in (p.codes, p.encoding.shared))
-            return EncodedSlots(p.spelling, codes, tables, p.pos, p.a, self.listed, self.owner, self.table, self.window)
+            return EncodedSlots(p.spelling, p.stacked, codes, tables, p.pos, p.a, self.listed, self.owner, self.table, self.window)
         views = p.views(self.index) if looped and not torch.compiler.is_compiling() else ()
         return PagedSlots(p.k, p.v, p.pos, p.a, self.listed, self.owner, self.table, (), views, self.window)
 

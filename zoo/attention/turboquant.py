@@ -27,6 +27,7 @@ from torch import Tensor
 from zoo import random
 from zoo.attention.encoding import Code, Codes, Encoding
 from zoo.attention.packing import LARGEST, pack, packed, unpack
+from zoo.errors import ZooError
 
 MODES = ("mse", "prod")
 
@@ -70,7 +71,7 @@ def signs(data: Tensor, size: int, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class TurboQuant(Encoding):
-    """bits: 1 to 8 a number, fractions too, such as 2.5 or 3.5. mode: mse or prod, of keys."""
+    """bits: 1 to 8 a number, fractions too, such as 2.5 or 3.5, where that is a whole number of eights. mode: mse or prod, of keys."""
 
     bits: float = 4.0
     mode: str = "mse"
@@ -89,8 +90,13 @@ class TurboQuant(Encoding):
         return self.bits - (self.mode == "prod")
 
     def runs(self, bits: float, size: int) -> list[tuple[int, int]]:
-        """(coordinates, bits of each): those with one bit more first, in whole eights."""
-        more = round((bits - math.floor(bits)) * size / 8) * 8
+        """(coordinates, bits of each): those with one bit more first, in whole eights. Raises ZooError where bits asks for others."""
+        exact = (bits - math.floor(bits)) * size / 8
+        more = round(exact) * 8
+        if abs(more - 8 * exact) > 1e-6:
+            less, most = (self.bits + (n - exact) * 8 / size for n in (math.floor(exact), min(math.ceil(exact), size / 8)))
+            where = f"a whole number of eights of the {size} coordinates of a head"
+            raise ZooError(f"turboquant: bits={self.bits:g} must give one bit more to {where}; take {less:g} or {most:g}")
         return [(n, b) for n, b in ((more, math.floor(bits) + 1), (size - more, math.floor(bits))) if n]
 
     def codes(self, size: int, stacked: bool = True) -> dict[str, Code]:
