@@ -265,13 +265,13 @@ def test_a_halved_value_keeps_its_code(lm: LM, ids: Tensor, one: str, when: str,
     def watched(self: EncodedPages, layers: Any, slots: Any) -> None:
         nonlocal halved
         layers = [layers] if isinstance(layers, int) else layers
-        held, old = self.read(layers), bits(self, layers)
+        held, old = self.read(layers, anew=True), bits(self, layers)
         stays = (slots["pos"] >= 0) & (slots["row"] >= 0)
         row = slots["row"].clamp(min=0)
         wanted = torch.where(stays[..., None], slots["v"], 0)
         halved += int((row_of(held["v"], row)[stays] * 0.5 == wanted[stays]).all(-1).sum())
         replace(self, layers, slots)
-        assert torch.equal(row_of(self.read(layers)["v"], row)[stays], wanted[stays])
+        assert torch.equal(row_of(self.read(layers, anew=True)["v"], row)[stays], wanted[stays])
         for x, y in zip(old, bits(self, layers), strict=True):
             assert torch.equal(row_of(x, row)[stays], row_of(y, row)[stays])
 
