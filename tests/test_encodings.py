@@ -17,6 +17,7 @@ from zoo.attention.packing import decode_tokens, encode_tokens, grid, group, pac
 from zoo.attention.qjl import directions
 from zoo.attention.slots import PAGE
 from zoo.attention.turboquant import centroids, rotation, unbiased
+from zoo.errors import ZooError
 
 FEW = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -218,18 +219,79 @@ def test_rotations_are_rotations() -> None:
 # Distortion
 
 
+def distortion(bits: int, size: int) -> float:
+    """E (y - c)^2 for y a coordinate of a random vector of length sqrt(size), by its density (1 - y^2 / D)^((D - 3) / 2)."""
+    y = torch.linspace(-(size**0.5), size**0.5, 400_001, dtype=torch.float64)
+    p = (1 - y.square() / size).clamp(min=0) ** ((size - 3) / 2)
+    c = centroids(bits)
+    return float((p * (y - c[torch.bucketize(y, (c[1:] + c[:-1]) / 2)]).square()).sum() / p.sum())
+
+
+@pytest.mark.parametrize("size", [64, 128, 512])
 @pytest.mark.parametrize(("bits", "known"), [(1, 0.363), (2, 0.117), (3, 0.0346), (4, 0.0095), (3.5, (0.0346 + 0.0095) / 2)])
-def test_turboquants_distortion(bits: float, known: float) -> None:
-    """E |x - x~|^2 / |x|^2 of vectors of any kind, here one with few large numbers: that of the centroids, for large D."""
-    x = draw(4, PAGE, 512) ** 5
-    one, codes, tables = encoded(f"turboquant:bits={bits}", x, 3 * x)
-    for y, of in (
-        (one.keys(codes, tables, 512, torch.float64), x),
-        (one.answer(one.values(codes, tables, 512, torch.float64), tables), 3 * x),
-    ):
-        each = (y - of).square().sum(-1) / of.square().sum(-1)
-        assert each.mean() == pytest.approx(known, abs=4 * float(each.std()) / 128**0.5 + 0.004 * known + 5e-5)
-    assert codes["k_code"].shape[-1] == 512 * bits / 8
+def test_turboquants_distortion(bits: float, known: float, size: int) -> None:
+    """E |x - x~|^2 / |x|^2 of vectors of any kind, here one with few large numbers: that of the centroids for a coordinate of a random
+    rotation in this many dimensions, which is a little less than the Gaussian's. 128 vectors by 8 rotations."""
+    x, each = draw(4, PAGE, size) ** 5, {"k": list[Tensor](), "v": list[Tensor]()}
+    for seed in range(8):
+        one, codes, tables = encoded(f"turboquant:bits={bits},seed={seed}", x, 3 * x)
+        decoded = (one.keys(codes, tables, size, torch.float64), one.answer(one.values(codes, tables, size, torch.float64), tables))
+        for name, y, of in zip(each, decoded, (x, 3 * x), strict=True):
+            each[name].append((y - of).square().sum(-1) / of.square().sum(-1))
+        assert codes["k_code"].shape[-1] == size * bits / 8
+    true = (distortion(math.floor(bits), size) + distortion(math.ceil(bits), size)) / 2
+    assert true == pytest.approx(known, rel=3 / size + 0.004)
+    for parts in each.values():
+        e = torch.stack(parts)
+        assert e.mean() == pytest.approx(true, abs=4 * float(e.std()) / e.numel() ** 0.5 + 0.001 * true)
+
+
+@pytest.mark.parametrize(
+    ("bits", "size", "near"), [(2.1, 16, "2 or 2.5"), (3.3, 64, "3.25 or 3.375"), (7.99, 64, "7.875 or 8"), (2.5, 20, "2.4 or 2.8")]
+)
+@pytest.mark.parametrize("mode", ["mse", "prod"])
+def test_bits_that_a_head_cannot_have(bits: float, size: int, near: str, mode: str) -> None:
+    """Whole eights of coordinates have one bit more; other bits would silently be others."""
+    one = parse(f"turboquant:bits={bits},mode={mode}")
+    assert isinstance(one, Encoding)
+    with pytest.raises(ZooError, match=f"bits={bits} must .* {size} coordinates .* take {near}"):
+        one.codes(size)
+    with pytest.raises(ZooError):
+        one.tables(size)
+
+
+# Again
+
+
+@pytest.mark.parametrize(
+    ("attn", "more"),
+    [("kivi:bits=2", 1.2), ("kivi:bits=4", 1.4), ("kivi:bits=8", 1.4), ("qjl", 1.02), ("qjl:sketch=1", 1.02), ("qjl:sketch=5", 1.1),
+     ("turboquant:bits=1", 1), ("turboquant:bits=2", 1), ("turboquant:bits=3.5", 1), ("turboquant:bits=8", 1),
+     ("turboquant:bits=2,mode=prod", 1.35), ("turboquant:bits=3.5,mode=prod", 1.35)],
+)  # fmt: skip
+@pytest.mark.parametrize("size", [64, 128])
+def test_encoding_again_and_again(attn: str, more: float, size: int) -> None:
+    """What `again` says, encoded 32 times: lengths stay, and the error is at most `more` times that of one encoding. Nearest centroids and
+    grids stay to the bit (keys come late to kivi's grid once), and of qjl's signs nearly all."""
+    k, v = draw(4, PAGE, size), draw(4, PAGE, size, seed=1)
+    one, first, tables = encoded(attn, k, v)
+
+    def errors(codes: Codes) -> tuple[float, float]:
+        values = one.answer(one.values(codes, tables, size, torch.float64), tables)
+        return off(one.keys(codes, tables, size, torch.float64), k), off(values, v)
+
+    codes = after_one = encoded(attn, *one.again(first, tables, size, torch.float64), first)[1]
+    for _ in range(31):
+        codes = encoded(attn, *one.again(codes, tables, size, torch.float64), codes)[1]
+    for (once, often), factor in zip(zip(errors(first), errors(codes), strict=True), (more, 1), strict=True):
+        assert often <= factor * once + 1e-6
+    for x, of in zip(one.again(codes, tables, size, torch.float64), (k, v), strict=True):
+        assert 0.95 < float(x.norm() / of.norm()) < 1.2
+    for name, t in codes.items():
+        if "prod" not in attn and name not in ("k_sign", "k_outlier"):
+            assert torch.equal(t, after_one[name])
+        if name == "k_sign" and "prod" not in attn:
+            assert (t == first[name]).double().mean() > 0.95
 
 
 # Scores

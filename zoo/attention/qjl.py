@@ -27,6 +27,7 @@ from zoo.attention.turboquant import rotation, signs, unbiased
 
 OUTLIERS = 8  # channels
 BITS = 2  # of values
+STEPS, MARGIN = 8, 0.2  # of `again`
 
 
 def directions(seed: int, rows: int, size: int, which: int) -> Tensor:
@@ -104,10 +105,18 @@ class QJL(Encoding):
         return plain.scatter(2, codes["k_channels"].long()[:, None].expand(*own.shape), own)
 
     def again(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        plain, own = (sign @ s for s, sign, _ in self.halves(codes, tables, dtype))
-        index, norms = codes["k_channels"].long()[:, None].expand(*own.shape), codes["k_norms"].to(dtype)
-        plain, own = (F.normalize(x, dim=-1) * norms[..., i, None] for i, x in enumerate((plain.scatter(2, index, 0.0), own)))
-        return plain.scatter(2, index, own), self.values(codes, tables, size, dtype)
+        """Keys of the length that was kept, in a direction that has all signs: from the estimate's, a few steps towards those it misses."""
+        found, index = [], codes["k_channels"].long()[:, None]
+        for i, (s, sign, _) in enumerate(self.halves(codes, tables, dtype)):
+            x = sign @ s
+            x = x if i else x.scatter(2, index.expand(*x.shape[:2], -1), 0.0)
+            keep = (x != 0).to(dtype)  # not the channels that stand out
+            for _ in range(STEPS):
+                x = F.normalize(x, dim=-1)
+                x = x + keep * (((MARGIN - sign * (x @ s.mT)).clamp(min=0) * sign) @ s) / len(s)
+            found.append(F.normalize(x, dim=-1) * codes["k_norms"][..., i, None].to(dtype))
+        plain, own = found
+        return plain.scatter(2, index.expand(*own.shape), own), self.values(codes, tables, size, dtype)
 
     def values(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype) -> Tensor:
         return decode_tokens(codes["v_steps"], codes["v_grid"], BITS, size, dtype)

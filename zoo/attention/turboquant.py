@@ -151,7 +151,7 @@ class TurboQuant(Encoding):
         return codes
 
     def turned(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype, factor: float) -> Tensor:
-        """Of decoded keys of length sqrt(D), still rotated: (..., D). factor: the length of what the centroids leave, for |r|."""
+        """Of decoded keys of length sqrt(D), still rotated: (..., D). factor: of the signs' part; f is unbiased, 1 / f nearest."""
         y = self.expand(codes["k_code"], self.of_keys, tables, size, dtype)
         if self.mode == "prod":
             scale = codes["k_rest"].to(dtype) * (factor / size)
@@ -163,7 +163,7 @@ class TurboQuant(Encoding):
         return y @ tables["rotation"].to(dtype)
 
     def again(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        k, v = self.turned(codes, tables, size, dtype, 1.0), self.expand(codes["v_code"], self.bits, tables, size, dtype)
+        k, v = self.turned(codes, tables, size, dtype, 1 / unbiased(size)), self.expand(codes["v_code"], self.bits, tables, size, dtype)
         pairs = ((k, codes["k_norm"]), (v, codes["v_norm"]))
         k, v = (F.normalize(y, dim=-1) * norm.to(dtype) @ tables["rotation"].to(dtype) for y, norm in pairs)
         return k, v
