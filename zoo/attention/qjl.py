@@ -2,7 +2,8 @@
 
     a key k is kept as sign(S k), m = sketch D bits, and |k|, float16      S: rows in random directions, orthogonal in blocks of D
     q.k ~ f |k| (S q).sign(S k) / m         f so that it is unbiased; the query is not quantised
-Scores come straight from the sketch: S q once a step, no key is decoded (where slots merge, k ~ f |k| S^T sign(S k) / m says the same).
+Scores come straight from the sketch: S q once a step, no key is decoded (f |k| S^T sign(S k) / m says the same, but is longer than k; what
+    goes into other slots has the length |k| and the same signs: `again`).
 outliers: in each group of 32 tokens, the 8 channels of the largest norm have a sketch (half as many bits) and a norm of their own: a
     channel that is large in every key would otherwise make noise for all, which grows with |q| |k|.
 values: per token, 2 bits, as in kivi.py.
