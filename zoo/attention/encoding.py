@@ -8,11 +8,11 @@ channels stand out). It is used in two ways:
 
 What is encoded, and when:
     - A slot that a method leaves as it is keeps its row, and the very bits of its code, whatever becomes of its neighbours.
-    - A slot that a method makes is encoded when it is made: a token that settles, from its exact key and value; a cluster that gains members
-      (`subgen` with when=decode or stream), from its decoded mean and theirs, anew each time. `again` decodes for that at the length that
-      was kept, so that no length grows or shrinks with the number of times, and encoding the same slot again gives (nearly) the same code.
-      The error is then bounded however often a cluster has merged (docs/methods/README.md has figures, tests/test_encoded_means.py
-      the test): it stays near that of one encoding, in the length of a token, not in that of a mean that many members made short.
+    - A slot that a method makes is encoded when it is made: a token that settles, from its exact key and value; a cluster that gains
+      members (`subgen` with when=decode or stream), from its decoded mean and theirs, anew each time. For that `again` decodes at the
+      length that was kept, so that no length grows or shrinks with the number of times, and encoding the same slot again gives (nearly)
+      the same code. However often a cluster has merged, the error stays near that of one encoding, in lengths of a token; a mean that many
+      members made short may be off by more of its own. docs/methods/README.md has figures, tests/test_encoded_means.py holds them.
     - What a page's rows share is found when the page is empty, and stays until it is empty again: a slot that comes into a row that
       another left takes it as it is, and keeps beside it what it needs to be right all the same (kivi.py).
     - One exception: where a new prompt is compressed and a head then owns fewer pages, what lay in the others is encoded anew.
