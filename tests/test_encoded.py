@@ -324,6 +324,31 @@ def test_a_page_and_its_vacant_rows(one: str) -> None:
         pages.replace(0, slots(40, 0))
 
 
+@pytest.mark.parametrize(("held", "most"), [(1, 0.15), (40, 0.1)])
+def test_a_page_that_begins_with_one_slot(held: int, most: float) -> None:
+    """One slot comes into an empty page, 31 later: what the page shares is found from the head's other slots as well, where there are any,
+    such as that one channel is large; where there are none, later keys are still on a grid that suits them."""
+    one = parse("kivi:bits=4")
+    assert isinstance(one, Encoding)
+    pages = EncodedPages(one, 1, 1, 1, 64, torch.float64, "cpu", {})
+    pages.lay_out(torch.tensor([[[2]]]))
+    g = torch.Generator().manual_seed(1)
+    plain = torch.arange(64) != 3
+    for n, first in ((held, 0), (1, 100), (31 if held > 1 else 30, 200)):
+        k = torch.randn(1, 1, n, 64, generator=g, dtype=torch.float64)
+        if held > 1:
+            k[..., 3] = 40 + 10 * k[..., 3]
+        slots = {"k": k, "v": k, "a": torch.zeros(1, 1, n), "pos": first + torch.arange(n).view(1, 1, n), "row": torch.full((1, 1, n), -1)}
+        old = pages.read(0, anew=True)
+        keep = (old["pos"] >= 0) & ((old["pos"] < 32) | (old["pos"] >= 100))  # all of the first page, then the second's only slot
+        old["pos"] = torch.where(keep, old["pos"], -1)
+        pages.replace(0, {name: torch.cat((old[name], slots[name].to(old[name].dtype)), 2) for name in old})
+    got = pages.read(0)
+    late = got["k"][0, 0][got["pos"][0, 0] >= 200]
+    assert len(late) == n
+    assert rms((late - k[0, 0])[:, plain]) < most * rms(k[0, 0][:, plain])
+
+
 # Reading
 
 
