@@ -6,10 +6,13 @@ channels stand out). It is used in two ways:
     kivi:bits=4                 alone: every token is kept, the newest exactly, the others as codes (encoded.py)
     h2o:budget=25%+kivi:bits=4  stacked: the slots that a method with a budget has settled; its tail, recent and pending tokens, stays exact
 
-Nothing is encoded twice:
+What is encoded, and when:
     - A slot that a method leaves as it is keeps its row, and the very bits of its code, whatever becomes of its neighbours.
-    - A slot that a method makes (a token that settles, a cluster that has merged) is encoded once, when it is made, from exact tokens and
-      from what codes say. So a cluster's code is as far from the mean of its members as one encoding is.
+    - A slot that a method makes is encoded when it is made: a token that settles, from its exact key and value; a cluster that gains
+      members (`subgen` with when=decode or stream), from its decoded mean and theirs, anew each time. For that `again` decodes at the
+      length that was kept, so that no length grows or shrinks with the number of times, and encoding the same slot again gives (nearly)
+      the same code. However often a cluster has merged, the error stays near that of one encoding, in lengths of a token; a mean that many
+      members made short may be off by more of its own. docs/methods/README.md has figures, tests/test_encoded_means.py holds them.
     - What a page's rows share is found when the page is empty, and stays until it is empty again: a slot that comes into a row that
       another left takes it as it is, and keeps beside it what it needs to be right all the same (kivi.py).
     - One exception: where a new prompt is compressed and a head then owns fewer pages, what lay in the others is encoded anew.
@@ -89,6 +92,12 @@ class Encoding(Attention):
     def keys(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype) -> Tensor:
         """Decoded (P, PAGE, D)."""
 
+    def again(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values (P, PAGE, D) as they go into what is made anew of them. An unbiased estimate of a vector is longer than it, and
+        nearest centroids are shorter: encoded again and again, lengths would grow or shrink without end. So these are of the lengths
+        that were kept, and encoding them gives nearly the same codes."""
+        return self.keys(codes, tables, size, dtype), self.answer(self.values(codes, tables, size, dtype), tables)
+
     @abstractmethod
     def values(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype) -> Tensor:
         """Decoded (P, PAGE, D), or what `answer` makes that of."""
@@ -139,7 +148,7 @@ class EncodedPages(Pages):
         extra: Any,
         stacked: bool = True,
     ) -> None:
-        self.encoding, self.size, self.dtype = encoding, size, dtype
+        self.encoding, self.size, self.dtype, self.stacked = encoding, size, dtype, stacked
         self.codes, self.spelling = encoding.codes(size, stacked), str(encoding)
         self.first: list[list[int]] = []
         super().__init__(layers, batch, heads, size, dtype, device, extra)
@@ -181,12 +190,15 @@ class EncodedPages(Pages):
         slots = {name: getattr(self, name).flatten(0, 1)[rows] for name in self.fields}
         return slots | {"row": torch.where(slots["pos"] >= 0, torch.arange(rows.shape[2], device=rows.device), -1)}
 
-    def read(self, layers: int | Sequence[int]) -> dict[str, Tensor]:
+    def read(self, layers: int | Sequence[int], anew: bool = False) -> dict[str, Tensor]:
         layers = [layers] if isinstance(layers, int) else layers
         slots, page = self.held(layers), self.rows(layers)[:, :, ::PAGE] // PAGE
         codes, shape, wide = self.coded(page.flatten()), (*slots["pos"].shape, self.size), torch.promote_types(self.dtype, torch.float32)
-        k = self.encoding.keys(codes, self.tables, self.size, wide)
-        v = self.encoding.answer(self.encoding.values(codes, self.tables, self.size, wide), self.tables)
+        if anew:
+            k, v = self.encoding.again(codes, self.tables, self.size, wide)
+        else:
+            k = self.encoding.keys(codes, self.tables, self.size, wide)
+            v = self.encoding.answer(self.encoding.values(codes, self.tables, self.size, wide), self.tables)
         return {"k": k.to(self.dtype).view(shape), "v": v.to(self.dtype).view(shape), **slots}
 
     def replace(self, layers: int | Sequence[int], slots: Mapping[str, Tensor]) -> None:
@@ -228,9 +240,10 @@ class EncodedPages(Pages):
         source = torch.full((A, G, R + 1), -1, device=rows.device)  # which slot comes into a row
         source.scatter_(2, torch.where(new, place, R), torch.arange(N, device=rows.device).expand(new.shape))
         source = source[:, :, :R]
-        # In rows that stay empty for now, what a page shares is found as if the head's other new slots lay there: it must suit later ones.
-        others = new.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-        other = others.gather(2, torch.arange(R, device=rows.device) % new.sum(-1, keepdim=True).clamp(min=1))
+        # In rows that stay empty for now, what a page shares is found as if others of the head's slots lay there, new ones first: it must
+        # suit later ones.
+        others = (there.to(torch.uint8) + new).argsort(dim=-1, descending=True, stable=True)
+        other = others.gather(2, torch.arange(R, device=rows.device) % there.sum(-1, keepdim=True).clamp(min=1))
         a, g, j = (source.unflatten(2, (-1, PAGE)) >= 0).any(-1).nonzero(as_tuple=True)
         for some in zip(*(t.split(WRITTEN) for t in (a, g, j)), strict=True):
             self.encode(slots, rows, source, other, taken, *some)
@@ -261,7 +274,8 @@ class EncodedSlots:
     """What a query reads of encoded pages: `PagedSlots` with codes in place of keys and values."""
 
     name: str  # the encoding's spelling
-    codes: list[Tensor]
+    stacked: bool
+    codes: list[Tensor]  # in the order of `Encoding.codes`
     tables: list[Tensor]
     pos: Tensor
     a: Tensor
@@ -271,7 +285,8 @@ class EncodedSlots:
     window: int | None = None
 
     def arguments(self) -> tuple[Any, ...]:
-        return (self.pos, self.a, self.pages, self.owner, len(self.table), self.window or 0, self.name, self.codes, self.tables)
+        pages = (self.pos, self.a, self.pages, self.owner, len(self.table), self.window or 0)
+        return (*pages, self.name, self.stacked, self.codes, self.tables)
 
     def parts(self, q: Tensor, q_pos: Tensor) -> Parts:
         """`slot_parts` of q (B, H, T, D) at q_pos (B, T)."""
@@ -290,10 +305,10 @@ class Blocks:
     """Encoded pages, a block at a time: (owners (n,), codes, scores (n, R, T, PAGE))."""
 
     def __init__(self, q: Tensor, q_pos: Tensor, pos: Tensor, a: Tensor, pages: Tensor, owner: Tensor, heads: int, window: int, name: str,
-                 codes: Sequence[Tensor], tables: Sequence[Tensor]) -> None:  # fmt: skip
+                 stacked: bool, codes: Sequence[Tensor], tables: Sequence[Tensor]) -> None:  # fmt: skip
         self.encoding, self.size = encoding_of(name), q.shape[-1]
         self.tables = dict(zip(self.encoding.shared, tables, strict=True))
-        self.codes = dict(zip(self.encoding.codes(self.size), codes, strict=False))
+        self.codes = dict(zip(self.encoding.codes(self.size, stacked), codes, strict=True))
         B, self.window = q.shape[0], window
         q = grouped(q, heads // B)
         self.shape = (heads, *q.shape[2:4])  # (B G, R, T)
@@ -314,9 +329,9 @@ class Blocks:
 
 @torch.library.custom_op("zoo::encoded_parts", mutates_args=())
 def encoded_parts(q: Tensor, q_pos: Tensor, pos: Tensor, a: Tensor, pages: Tensor, owner: Tensor, heads: int, window: int, name: str,
-                  codes: list[Tensor], tables: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+                  stacked: bool, codes: list[Tensor], tables: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """num (B G, R, T, D), its maxima and den (B G, R, T), of all pages. One operator, so that a compiled step has no loop."""
-    blocks = Blocks(q, q_pos, pos, a, pages, owner, heads, window, name, codes, tables)
+    blocks = Blocks(q, q_pos, pos, a, pages, owner, heads, window, name, stacked, codes, tables)
     top = blocks.q.new_full(blocks.shape, -torch.inf)
     num, den = blocks.q.new_zeros(*blocks.shape, blocks.size), blocks.q.new_zeros(blocks.shape)
     for who, block, score in blocks:
@@ -333,9 +348,9 @@ def encoded_parts(q: Tensor, q_pos: Tensor, pos: Tensor, a: Tensor, pages: Tenso
 
 @torch.library.custom_op("zoo::encoded_mass", mutates_args=())
 def encoded_mass(q: Tensor, q_pos: Tensor, top: Tensor, scale: Tensor, power: int, pos: Tensor, a: Tensor, pages: Tensor, owner: Tensor,
-                 heads: int, window: int, name: str, codes: list[Tensor], tables: list[Tensor]) -> Tensor:  # fmt: skip
+                 heads: int, window: int, name: str, stacked: bool, codes: list[Tensor], tables: list[Tensor]) -> Tensor:  # fmt: skip
     """(N, PAGE): exp(power (score - top)) scale, summed over queries; top, scale (B G, R, T)."""
-    blocks = Blocks(q, q_pos, pos, a, pages, owner, heads, window, name, codes, tables)
+    blocks = Blocks(q, q_pos, pos, a, pages, owner, heads, window, name, stacked, codes, tables)
     return torch.cat([((power * (x - top[who][..., None])).exp() * scale[who][..., None]).sum((1, 2)) for who, _, x in blocks])
 
 

@@ -5,8 +5,10 @@
 Keys have channels that are large in every token; a grid of their own keeps them from making all others coarse. Values have none.
 exact when: residual >= tokens. Otherwise a number is at most scale / 2 away.
 stacked, a key may come into a page whose grid is made. It has a grid of its own then, for each 32 channels, in steps of the page's:
-    x ~ zero + scale * (zero' + scale' * n)         zero', scale': 0, 1 for the 32 keys that the page's grid was made of
-    so that nothing is cut off as keys turn away with their positions, and a channel that is large stays no trouble for the others.
+    x ~ zero + scale * (zero' + scale' * n)         zero', scale': 0, 1 for the keys that the page's grid was made of
+    scale is at least the median over channels here, as a page made of few keys knows nothing of later ones. Nothing is cut off as keys turn
+    away with their positions, and a channel that is large in every key is no trouble for the others as long as it stays near its grid. One
+    that turns far away takes the bits of its group: docs/methods/kivi.md has figures.
 cost: bits D / 8 bytes and 4 D / 32 for a key (stacked: 8 D / 32), bits D / 8 and 4 D / 32 for a value (D a multiple of 32), 8 beside it for
 position and log-weight.
 alone: the newest `residual` tokens stay exact (the paper's keys: up to as many; its values: exactly as many). A prompt is read exactly.
@@ -21,8 +23,6 @@ from torch import Tensor
 
 from zoo.attention.encoding import Code, Codes, Encoding
 from zoo.attention.packing import decode_tokens, encode_tokens, grid, group, pack, packed, steps, unpack
-
-FAR = 4  # ranges beyond the ends of a page's grid: what lies farther is cut off
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,24 @@ class Kivi(Encoding):
         values, of_values = encode_tokens(v, self.bits)
         codes = {"k_steps": pack(steps(k, zero, scale, self.bits), self.bits), "k_grid": grids, "v_steps": values, "v_grid": of_values}
         if "k_own" in old:
-            late, own = encode_tokens(self.on_grid(k, zero, scale), self.bits)
+            late, own = encode_tokens((zero - k) / self.wide(zero, scale), self.bits)  # downwards: the sign of a scale says that it is late
             plain = torch.tensor([0.0, 1.0], device=k.device).half().repeat_interleave(own.shape[-1] // 2)
             where = fixed[:, None, None]
-            codes |= {"k_steps": torch.where(where, late, codes["k_steps"]), "k_own": torch.where(where, own, plain.expand(own.shape))}
+            codes |= {"k_steps": torch.where(where, late, codes["k_steps"]), "k_own": torch.where(where, -own, plain.expand(own.shape))}
         return codes
 
-    def on_grid(self, k: Tensor, zero: Tensor, scale: Tensor) -> Tensor:
-        """Keys in steps of a grid, as far beyond its ends as a later key may lie."""
-        last = 2**self.bits - 1
-        return torch.where(scale > 0, (k - zero) / scale.clamp(min=1e-8), 0).clamp(-FAR * last, (1 + FAR) * last)
+    def wide(self, zero: Tensor, scale: Tensor) -> Tensor:
+        """Steps of a page's grid as late keys take them (..., D). Few keys may agree in a channel where later ones do not, and one large
+        number would make its whole group coarse: no step is below the median one, nor 0."""
+        least = torch.maximum(scale.median(-1, keepdim=True).values, zero.abs().mean(-1, keepdim=True) / 512)
+        return torch.maximum(scale, least.clamp(min=2**-14))
 
     def keys(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype) -> Tensor:
         zero, scale = codes["k_grid"].to(dtype)[:, None].chunk(2, -1)
         if "k_own" in codes:
-            return zero + scale * decode_tokens(codes["k_steps"], codes["k_own"], self.bits, size, dtype)
+            own = codes["k_own"]
+            scale = torch.where(own[..., -1:].signbit(), self.wide(zero, scale), scale)
+            return zero + scale * decode_tokens(codes["k_steps"], own, self.bits, size, dtype)
         return zero + scale * unpack(codes["k_steps"], self.bits, size)
 
     def values(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,8 @@
 
     a key k is kept as sign(S k), m = sketch D bits, and |k|, float16      S: rows in random directions, orthogonal in blocks of D
     q.k ~ f |k| (S q).sign(S k) / m         f so that it is unbiased; the query is not quantised
-Scores come straight from the sketch: S q once a step, no key is decoded (where slots merge, k ~ f |k| S^T sign(S k) / m says the same).
+Scores come straight from the sketch: S q once a step, no key is decoded (f |k| S^T sign(S k) / m says the same, but is longer than k; what
+    goes into other slots has the length |k| and the same signs: `again`).
 outliers: in each group of 32 tokens, the 8 channels of the largest norm have a sketch (half as many bits) and a norm of their own: a
     channel that is large in every key would otherwise make noise for all, which grows with |q| |k|.
 values: per token, 2 bits, as in kivi.py.
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.attention.encoding import Code, Codes, Encoding
@@ -26,6 +28,7 @@ from zoo.attention.turboquant import rotation, signs, unbiased
 
 OUTLIERS = 8  # channels
 BITS = 2  # of values
+STEPS, MARGIN = 8, 0.2  # of `again`
 
 
 def directions(seed: int, rows: int, size: int, which: int) -> Tensor:
@@ -101,6 +104,20 @@ class QJL(Encoding):
     def keys(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype) -> Tensor:
         plain, own = (sign @ s * scale for s, sign, scale in self.halves(codes, tables, dtype))
         return plain.scatter(2, codes["k_channels"].long()[:, None].expand(*own.shape), own)
+
+    def again(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys of the length that was kept, in a direction that has all signs: from the estimate's, a few steps towards those it misses."""
+        found, index = [], codes["k_channels"].long()[:, None]
+        for i, (s, sign, _) in enumerate(self.halves(codes, tables, dtype)):
+            x = sign @ s
+            x = x if i else x.scatter(2, index.expand(*x.shape[:2], -1), 0.0)
+            keep = (x != 0).to(dtype)  # not the channels that stand out
+            for _ in range(STEPS):
+                x = F.normalize(x, dim=-1)
+                x = x + keep * (((MARGIN - sign * (x @ s.mT)).clamp(min=0) * sign) @ s) / len(s)
+            found.append(F.normalize(x, dim=-1) * codes["k_norms"][..., i, None].to(dtype))
+        plain, own = found
+        return plain.scatter(2, index.expand(*own.shape), own), self.values(codes, tables, size, dtype)
 
     def values(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype) -> Tensor:
         return decode_tokens(codes["v_steps"], codes["v_grid"], BITS, size, dtype)

@@ -222,9 +222,9 @@ class Pages(nn.Module):
         page = torch.where(j < counts[..., None], first[..., None] + j, 0)
         return (page[..., None] * PAGE + torch.arange(PAGE, device=self.device)).flatten(2)
 
-    def read(self, layers: int | Sequence[int]) -> dict[str, Tensor]:
+    def read(self, layers: int | Sequence[int], anew: bool = False) -> dict[str, Tensor]:
         """A copy of a layer's slots, padded to its longest head: k, v (B, G, S, D), a, pos (B, G, S) and the extras; pos -1 = nothing. Of
-        several layers, one's sequences after the other's."""
+        several layers, one's sequences after the other's. anew: to make other slots of them (it matters for codes: `Encoding.again`)."""
         rows = self.rows([layers] if isinstance(layers, int) else layers)
         return {name: getattr(self, name).flatten(0, 1)[rows] for name in self.fields}
 

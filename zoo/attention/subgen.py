@@ -265,7 +265,7 @@ class SubGenCaches(BudgetedCaches):
         keep &= pos > oldest[:, None]
         index = keep.any(0).nonzero()[:, 0]
         for layers in self.groups(len(index)):
-            A, old = len(layers), self.pages[0].read([cache.index for cache in layers])
+            A, old = len(layers), self.pages[0].read([cache.index for cache in layers], anew=True)
             settled = torch.arange(old["pos"].shape[2], device=pos.device) % step.repeat(A)[:, None, None] == 0
             held = (old["pos"] > oldest.clamp(min=-1).repeat(A)[:, None, None]) & settled & which.repeat(A)[:, None, None]
             k = torch.cat((old["k"], torch.cat([cache.store.k[:, :, index] for cache in layers])), 2)

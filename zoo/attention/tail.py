@@ -134,7 +134,7 @@ class BudgetedCache(Cache):
         p = self.pages
         if isinstance(p, EncodedPages):
             codes, tables = ([getattr(p, name) for name in names] for names in (p.codes, p.encoding.shared))
-            return EncodedSlots(p.spelling, codes, tables, p.pos, p.a, self.listed, self.owner, self.table, self.window)
+            return EncodedSlots(p.spelling, p.stacked, codes, tables, p.pos, p.a, self.listed, self.owner, self.table, self.window)
         views = p.views(self.index) if looped and not torch.compiler.is_compiling() else ()
         return PagedSlots(p.k, p.v, p.pos, p.a, self.listed, self.owner, self.table, (), views, self.window)
 
@@ -227,7 +227,7 @@ class BudgetedCache(Cache):
 def settled(layers: Sequence[BudgetedCache]) -> dict[str, Tensor]:
     """Padded to the longest head (`Pages.read`), their masses up to date."""
     pages, index = layers[0].pages, [layer.index for layer in layers]
-    slots = pages.read(index)
+    slots = pages.read(index, anew=True)
     if any(any(pages.count[i]) for i in index):
         n = slots["pos"].shape[2]
         for name in MASSES:

@@ -21,11 +21,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zoo import random
 from zoo.attention.encoding import Code, Codes, Encoding
 from zoo.attention.packing import LARGEST, pack, packed, unpack
+from zoo.errors import ZooError
 
 MODES = ("mse", "prod")
 
@@ -69,7 +71,7 @@ def signs(data: Tensor, size: int, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True)
 class TurboQuant(Encoding):
-    """bits: 1 to 8 a number, fractions too, such as 2.5 or 3.5. mode: mse or prod, of keys."""
+    """bits: 1 to 8 a number, fractions too, such as 2.5 or 3.5, where that is a whole number of eights. mode: mse or prod, of keys."""
 
     bits: float = 4.0
     mode: str = "mse"
@@ -88,8 +90,13 @@ class TurboQuant(Encoding):
         return self.bits - (self.mode == "prod")
 
     def runs(self, bits: float, size: int) -> list[tuple[int, int]]:
-        """(coordinates, bits of each): those with one bit more first, in whole eights."""
-        more = round((bits - math.floor(bits)) * size / 8) * 8
+        """(coordinates, bits of each): those with one bit more first, in whole eights. Raises ZooError where bits asks for others."""
+        exact = (bits - math.floor(bits)) * size / 8
+        more = round(exact) * 8
+        if abs(more - 8 * exact) > 1e-6:
+            less, most = (self.bits + (n - exact) * 8 / size for n in (math.floor(exact), min(math.ceil(exact), size / 8)))
+            where = f"a whole number of eights of the {size} coordinates of a head"
+            raise ZooError(f"turboquant: bits={self.bits:g} must give one bit more to {where}; take {less:g} or {most:g}")
         return [(n, b) for n, b in ((more, math.floor(bits) + 1), (size - more, math.floor(bits))) if n]
 
     def codes(self, size: int, stacked: bool = True) -> dict[str, Code]:
@@ -143,16 +150,23 @@ class TurboQuant(Encoding):
             codes["k_rest"] = rest.norm(dim=-1, keepdim=True).half()
         return codes
 
-    def turned(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype) -> Tensor:
-        """Decoded keys (..., D), still rotated."""
+    def turned(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype, factor: float) -> Tensor:
+        """Of decoded keys of length sqrt(D), still rotated: (..., D). factor: of the signs' part; f is unbiased, 1 / f nearest."""
         y = self.expand(codes["k_code"], self.of_keys, tables, size, dtype)
         if self.mode == "prod":
-            scale = codes["k_rest"].to(dtype) * (unbiased(size) / size)
+            scale = codes["k_rest"].to(dtype) * (factor / size)
             y = y + scale * (signs(codes["k_sign"], size, dtype) @ tables["sketch"].to(dtype))
-        return y * (codes["k_norm"].to(dtype) * size**-0.5)
+        return y
 
     def keys(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype) -> Tensor:
-        return self.turned(codes, tables, size, dtype) @ tables["rotation"].to(dtype)
+        y = self.turned(codes, tables, size, dtype, unbiased(size)) * (codes["k_norm"].to(dtype) * size**-0.5)
+        return y @ tables["rotation"].to(dtype)
+
+    def again(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        k, v = self.turned(codes, tables, size, dtype, 1 / unbiased(size)), self.expand(codes["v_code"], self.bits, tables, size, dtype)
+        pairs = ((k, codes["k_norm"]), (v, codes["v_norm"]))
+        k, v = (F.normalize(y, dim=-1) * norm.to(dtype) @ tables["rotation"].to(dtype) for y, norm in pairs)
+        return k, v
 
     def values(self, codes: Codes, tables: Codes, size: int, dtype: torch.dtype) -> Tensor:
         return self.expand(codes["v_code"], self.bits, tables, size, dtype) * (codes["v_norm"].to(dtype) * size**-0.5)
