@@ -292,7 +292,7 @@ def test_the_documents_numbers_are_those_of_the_figures() -> None:
 
 def test_every_method_is_in_the_table() -> None:
     """With its default `when` and its paper."""
-    rows = dict(re.findall(r"^\| `(\w+)` \| (.*arxiv.*)$", (DOCS / "README.md").read_text(), re.M))
+    rows = dict(re.findall(r"^\| \[?`(\w+)`(?:\]\(\w+\.md\))? \| (.*arxiv.*)$", (DOCS / "README.md").read_text(), re.M))
     assert set(rows) == set(ATTENTION)
     for name, method in ATTENTION.items():
         known = options(method)
