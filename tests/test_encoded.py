@@ -14,10 +14,11 @@ from test_caches import BUDGETED, WHEN, feed, lms, new, spell
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zoo.attention import ATTENTION, encoding, parse
+from zoo.attention import ATTENTION, encoded_slots, parse
 from zoo.attention.budgeted import SINKS, Budgeted
 from zoo.attention.clustering import row as row_of
-from zoo.attention.encoding import ROWS, EncodedPages, Encoding, encoded_mass, encoded_parts
+from zoo.attention.encoded_slots import ROWS, encoded_mass, encoded_parts
+from zoo.attention.encoding import EncodedPages, Encoding
 from zoo.attention.slots import PAGE, slot_mass, slot_parts
 from zoo.errors import ZooError
 from zoo.eval import protocols
@@ -370,7 +371,7 @@ def test_blocks_add_up(lm: LM, ids: Tensor, one: str, queries: int, window: int 
     dense = test_caches.Slots(slots["k"], slots["v"], slots["pos"], slots["a"], window=window)
     want = slot_parts(q, at, dense)
     for rows in (ROWS, 128):
-        monkeypatch.setattr(encoding, "ROWS", rows)
+        monkeypatch.setattr(encoded_slots, "ROWS", rows)
         got = settled.parts(q, at)
         seen = want.den > 0
         assert torch.equal(got.den > 0, seen)
@@ -406,7 +407,7 @@ def test_nothing_is_decoded_whole(lm: LM, ids: Tensor, one: str, monkeypatch: py
             for piece, where in cache.split(ids[:1, torch.arange(start, start + 500) % 800]):
                 lm.model.hidden(piece, where, cache)
     for name, op in (("encoded_parts", encoded_parts), ("encoded_mass", encoded_mass)):
-        monkeypatch.setattr(encoding, name, op._init_fn)  # as they are inside the operators, where no mode looks
+        monkeypatch.setattr(encoded_slots, name, op._init_fn)  # as they are inside the operators, where no mode looks
     q = torch.randn(1, lm.config.num_attention_heads, 1, 32, dtype=torch.float64)
     with Watch():
         settled = cache[1].read_settled()  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ import test_caches
 import torch
 from conftest import feed
 from test_caches import BUDGETED, CLOSE, WHEN, lms, new, spell
-from test_encoded import ENCODINGS, double, pages_of, rms
+from test_encoded import ENCODINGS, double, ids, lm, pages_of, rms
 from torch import Tensor
 
 from zoo.attention import parse
@@ -18,17 +18,7 @@ from zoo.attention.slots import Slots, slot_attention
 from zoo.attention.subgen_slots import Maker
 from zoo.lm import LM
 
-__all__ = ["double", "lms"]
-
-
-@pytest.fixture(scope="module")
-def lm(double: dict[str, LM]) -> LM:
-    return double["llama"]
-
-
-@pytest.fixture(scope="module")
-def ids(lm: LM) -> Tensor:
-    return torch.randint(0, lm.config.vocab_size, (3, 800), generator=torch.Generator().manual_seed(7))
+__all__ = ["double", "ids", "lm", "lms"]
 
 
 @pytest.mark.parametrize("attn", BUDGETED)

@@ -17,14 +17,13 @@ What is encoded, and when:
       another left takes it as it is, and keeps beside it what it needs to be right all the same (kivi.py).
     - One exception: where a new prompt is compressed and a head then owns fewer pages, what lay in the others is encoded anew.
 
-Reading decodes a block of pages at a time, at most `ROWS` rows, and adds the blocks up by log-sum-exp: no step has a decoded copy of what
-is held. Alone, nothing ever has. Between steps a stacked method looks at its slots decoded (`Pages.read`), as many layers at once as it
-works on; where a later prompt is compressed, all of them, beside that prompt's exact tokens.
+Reading (encoded_slots.py) decodes a block of pages at a time, at most `ROWS` rows, and adds the blocks up by log-sum-exp: no step has a
+decoded copy of what is held. Alone, nothing ever has. Between steps a stacked method looks at its slots decoded (`Pages.read`), as many
+layers at once as it works on; where a later prompt is compressed, all of them, beside that prompt's exact tokens.
 """
 
 from __future__ import annotations
 
-import functools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,11 +33,10 @@ import torch
 from torch import Tensor
 
 from zoo.attention.cache import Attention, Caches
-from zoo.attention.slots import PAGE, Parts, finite, grouped, per_query
+from zoo.attention.slots import PAGE
 from zoo.attention.store import EMPTY, Pages
 from zoo.errors import ZooError
 
-ROWS = 1024  # decoded at a time for one query a sequence; a quarter of it for more
 WRITTEN = 64  # pages encoded at a time
 WHEN = ("prompt", "decode", "stream")
 Codes = dict[str, Tensor]
@@ -120,13 +118,6 @@ class Encoding(Attention):
         from zoo.attention.encoded import Whole
 
         return Whole(when=self.when, encoding=self).caches(config, rotary, batch, max_tokens, prompt_tokens, dtype, device)
-
-
-@functools.lru_cache(64)
-def encoding_of(spelling: str) -> Any:
-    from zoo.attention import parse
-
-    return parse(spelling)
 
 
 class EncodedPages(Pages):
@@ -267,100 +258,3 @@ class EncodedPages(Pages):
         rows, pages = sum(int(t.sum()) for t in held), sum(int(t.any(-1).sum()) for t in held)
         tables = 0 if layer else sum(t.nbytes for t in self.tables.values())  # one copy for all layers
         return super().used(layer) + rows * per_row + pages * per_page + tables
-
-
-@dataclass(frozen=True)
-class EncodedSlots:
-    """What a query reads of encoded pages: `PagedSlots` with codes in place of keys and values."""
-
-    name: str  # the encoding's spelling
-    stacked: bool
-    codes: list[Tensor]  # in the order of `Encoding.codes`
-    tables: list[Tensor]
-    pos: Tensor
-    a: Tensor
-    pages: Tensor
-    owner: Tensor
-    table: Tensor
-    window: int | None = None
-
-    def arguments(self) -> tuple[Any, ...]:
-        pages = (self.pos, self.a, self.pages, self.owner, len(self.table), self.window or 0)
-        return (*pages, self.name, self.stacked, self.codes, self.tables)
-
-    def parts(self, q: Tensor, q_pos: Tensor) -> Parts:
-        """`slot_parts` of q (B, H, T, D) at q_pos (B, T)."""
-        num, top, den = encoded_parts(q, q_pos, *self.arguments())
-        shape = (q.shape[0], -1, *top.shape[1:])
-        top = top.view(shape)
-        return Parts(num.view(*top.shape, -1), top, den.view(shape), top)
-
-    def mass(self, q: Tensor, q_pos: Tensor, whole: Parts, queries: Tensor | None = None, power: int = 1) -> Tensor:
-        """`paged_mass`: (N, PAGE)."""
-        top, scale = finite(whole.max_den).flatten(0, 1), per_query(whole, queries, power).flatten(0, 1)
-        return encoded_mass(q, q_pos, top, scale, power, *self.arguments())
-
-
-class Blocks:
-    """Encoded pages, a block at a time: (owners (n,), codes, scores (n, R, T, PAGE))."""
-
-    def __init__(self, q: Tensor, q_pos: Tensor, pos: Tensor, a: Tensor, pages: Tensor, owner: Tensor, heads: int, window: int, name: str,
-                 stacked: bool, codes: Sequence[Tensor], tables: Sequence[Tensor]) -> None:  # fmt: skip
-        self.encoding, self.size = encoding_of(name), q.shape[-1]
-        self.tables = dict(zip(self.encoding.shared, tables, strict=True))
-        self.codes = dict(zip(self.encoding.codes(self.size, stacked), codes, strict=True))
-        B, self.window = q.shape[0], window
-        q = grouped(q, heads // B)
-        self.shape = (heads, *q.shape[2:4])  # (B G, R, T)
-        self.q = self.encoding.ask(q * self.size**-0.5, self.tables).flatten(0, 1)
-        self.q_pos = q_pos.repeat_interleave(heads // B, 0)
-        self.pos, self.a, self.pages, self.owner = pos, a, pages, owner
-
-    def __iter__(self) -> Any:
-        step = ROWS // PAGE // (1 if self.shape[2] == 1 else 4)
-        for page, owner in zip(self.pages.long().split(step), self.owner.long().split(step), strict=True):
-            codes = {name: t[page] for name, t in self.codes.items()}
-            pos, at = self.pos[page][:, None, None], self.q_pos[owner][:, None, :, None]
-            seen = (pos >= 0) & (pos <= at)
-            seen = seen & (pos > at - self.window) if self.window else seen
-            score = self.encoding.scores(self.q[owner].flatten(1, 2), codes, self.tables, self.size).unflatten(1, self.shape[1:])
-            yield owner, codes, (score + self.a[page][:, None, None]).masked_fill(~seen, -torch.inf)
-
-
-@torch.library.custom_op("zoo::encoded_parts", mutates_args=())
-def encoded_parts(q: Tensor, q_pos: Tensor, pos: Tensor, a: Tensor, pages: Tensor, owner: Tensor, heads: int, window: int, name: str,
-                  stacked: bool, codes: list[Tensor], tables: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """num (B G, R, T, D), its maxima and den (B G, R, T), of all pages. One operator, so that a compiled step has no loop."""
-    blocks = Blocks(q, q_pos, pos, a, pages, owner, heads, window, name, stacked, codes, tables)
-    top = blocks.q.new_full(blocks.shape, -torch.inf)
-    num, den = blocks.q.new_zeros(*blocks.shape, blocks.size), blocks.q.new_zeros(blocks.shape)
-    for who, block, score in blocks:
-        high = score.amax(-1)
-        new = top.scatter_reduce(0, who[:, None, None].expand(high.shape), high, "amax")
-        scale = (top - finite(new)).exp()
-        e = (score - finite(new)[who][..., None]).exp()
-        v = blocks.encoding.values(block, blocks.tables, blocks.size, e.dtype)
-        num.mul_(scale[..., None]).index_add_(0, who, (e.flatten(1, 2) @ v).unflatten(1, blocks.shape[1:]))
-        den.mul_(scale).index_add_(0, who, e.sum(-1))
-        top = new
-    return blocks.encoding.answer(num, blocks.tables), top, den
-
-
-@torch.library.custom_op("zoo::encoded_mass", mutates_args=())
-def encoded_mass(q: Tensor, q_pos: Tensor, top: Tensor, scale: Tensor, power: int, pos: Tensor, a: Tensor, pages: Tensor, owner: Tensor,
-                 heads: int, window: int, name: str, stacked: bool, codes: list[Tensor], tables: list[Tensor]) -> Tensor:  # fmt: skip
-    """(N, PAGE): exp(power (score - top)) scale, summed over queries; top, scale (B G, R, T)."""
-    blocks = Blocks(q, q_pos, pos, a, pages, owner, heads, window, name, stacked, codes, tables)
-    return torch.cat([((power * (x - top[who][..., None])).exp() * scale[who][..., None]).sum((1, 2)) for who, _, x in blocks])
-
-
-@encoded_parts.register_fake
-def _(q: Tensor, q_pos: Tensor, pos: Tensor, a: Tensor, pages: Tensor, owner: Tensor, heads: int, *_: Any) -> tuple[Tensor, ...]:
-    shape = (heads, q.shape[0] * q.shape[1] // heads, q.shape[2])
-    num = q.new_empty(*shape, q.shape[3], dtype=torch.promote_types(q.dtype, torch.float32))
-    return num, num.new_empty(shape), num.new_empty(shape)
-
-
-@encoded_mass.register_fake
-def _(q: Tensor, q_pos: Tensor, top: Tensor, scale: Tensor, power: int, pos: Tensor, a: Tensor, pages: Tensor, *_: Any) -> Tensor:
-    return top.new_empty(len(pages), PAGE)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from zoo.attention.backends import Kernels, attention, flashes, kernels
 from zoo.attention.cache import Cache, round_up
-from zoo.attention.encoding import EncodedPages, EncodedSlots
+from zoo.attention.encoded_slots import EncodedSlots
+from zoo.attention.encoding import EncodedPages
 from zoo.attention.slots import (
     PAGE,
     PagedSlots,
