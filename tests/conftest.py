@@ -17,6 +17,9 @@ from torch import Tensor
 from zoo.attention.cache import Caches
 from zoo.lm import LM
 
+# Of processes that tests start: see `one_thread`.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 CORPUS = (
     "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse, and nothing particular to "
     "interest me on shore, I thought I would sail about a little and see the watery part of the world. It is a way I have of driving off "

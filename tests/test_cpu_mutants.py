@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -64,14 +66,17 @@ MUTANTS = [  # what is wrong: in which words
 ]
 
 CHECK = """
-import sys, torch
-sys.path[:0] = sys.argv[2:]
+import os, sys, traceback
+sys.path[:0] = sys.argv[1:]
+import conftest, kernel_checks, torch  # most of what tests import; they themselves load the kernels as they are, unless others are there
+from hypothesis import strategies
 from zoo.kernels import cpu
-torch.ops.load_library(sys.argv[1])
-cpu.declare()
-import test_cpu_attention as a, test_cpu_linear as l, test_cpu_merging as m
-for weights in (False, True):
-    for window in (None, 50):
+
+def attention():
+    import test_cpu_attention as a
+    a.test_pages_match_float64(torch.float32, 1, None)
+    a.test_a_store_and_pages_share_one_softmax(torch.float32, 4, None)
+    for weights, window in ((True, 50), (True, None), (False, 50), (False, None)):
         for shape in a.SHAPES:
             a.test_attention_matches_float64(shape, torch.float32, weights, window, 2.0)
             a.test_mass_matches_float64(shape, torch.float32, weights, window)
@@ -79,19 +84,67 @@ for weights in (False, True):
             a.test_attention_matches_float64(shape, torch.bfloat16, weights, window, 2.0)
             a.test_attention_matches_float64(shape, torch.bfloat16, weights, window, 7.0)
             a.test_mass_matches_float64(shape, torch.bfloat16, weights, window)
-a.test_pages_match_float64(torch.float32, 1, None)
-a.test_a_store_and_pages_share_one_softmax(torch.float32, 4, None)
-for shape in ((3, 1000, 48), (16, 65, 128)):
-    l.test_linear_matches_float64(*shape, torch.float32)
-for shape in ((3, 1000, 48), (16, 65, 320), (2, 130, 14336)):
-    l.test_int8_linear_matches_float64(*shape, torch.bfloat16)
-    l.test_int8_linear_matches_float64(*shape, torch.float32)
-m.test_ward_is_the_one_of_clustering((3, 3, 400, 16))
-m.test_ward_takes_near_points_for_equal()
-m.test_rounding_is_the_one_of_clustering()
-for step in (0.7, 1.5):
-    m.test_ward_with_equal_points(step)
+
+def linear():
+    import test_cpu_linear as l
+    for shape in ((3, 1000, 48), (16, 65, 128)):
+        l.test_linear_matches_float64(*shape, torch.float32)
+    for shape in ((3, 1000, 48), (16, 65, 320), (2, 130, 14336)):
+        l.test_int8_linear_matches_float64(*shape, torch.bfloat16)
+        l.test_int8_linear_matches_float64(*shape, torch.float32)
+
+def merging():
+    import test_cpu_merging as m
+    m.test_ward_is_the_one_of_clustering((3, 3, 400, 16))
+    m.test_ward_takes_near_points_for_equal()
+    m.test_rounding_is_the_one_of_clustering()
+    for step in (0.7, 1.5):
+        m.test_ward_with_equal_points(step)
+
+CHECKS = {"slot_attention.cpp": attention, "linear.cpp": linear, "merging.cpp": merging}
+
+def run(library, changed):
+    torch.ops.load_library(library)
+    cpu.declare()
+    for name in sorted(CHECKS, key=lambda name: name != changed):  # those of what is wrong come first: they say so
+        CHECKS[name]()
+    return "passed"
+
+for line in sys.stdin:  # a process for each library, forked from one that has imported everything
+    if (child := os.fork()) == 0:
+        try:
+            said = run(*line.rstrip("\\n").split("\\t"))
+        except BaseException:
+            said = traceback.format_exc()
+        print(repr(said), flush=True)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        print(repr("crashed"), flush=True)
 """
+
+
+class Checker:
+    """Runs the tests of a library, in a process of their own."""
+
+    def __init__(self) -> None:
+        here = Path(__file__).parent
+        command = [sys.executable, "-c", CHECK, str(here), str(here.parent)]
+        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __call__(self, library: Path, changed: str = "") -> str:
+        """ "passed", or what the first test that failed says. changed: the file whose tests come first."""
+        assert self.server.stdin is not None
+        assert self.server.stdout is not None
+        self.server.stdin.write(f"{library}\t{changed}\n")
+        self.server.stdin.flush()
+        return str(ast.literal_eval(self.server.stdout.readline()))
+
+
+@pytest.fixture(scope="module")
+def check() -> Iterator[Checker]:
+    checker = Checker()
+    yield checker
+    checker.server.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -103,21 +156,13 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-def run_check(library: Path) -> subprocess.CompletedProcess[str]:
-    """The tests of a library, in a process of their own."""
-    here = Path(__file__).parent
-    command = [sys.executable, "-c", CHECK, str(library), str(here), str(here.parent)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_the_kernels_pass() -> None:
-    good = run_check(cpu.build(cache_folder() / "kernels"))
-    assert good.returncode == 0, good.stderr[-2000:]
+def test_the_kernels_pass(check: Checker) -> None:
+    assert check(cpu.build(cache_folder() / "kernels")) == "passed"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("old", "new"), [pytest.param(old, new, id=what, marks=marks) for what, old, new, *marks in MUTANTS])
-def test_mutants_fail(old: str, new: str, objects: dict[str, Path], tmp_path: Path) -> None:
+def test_mutants_fail(old: str, new: str, objects: dict[str, Path], check: Checker, tmp_path: Path) -> None:
     texts = {path.name: path.read_text() for path in cpu.sources()}
     (changed,) = (name for name, text in texts.items() if old in text)
     for name, text in texts.items():
@@ -127,12 +172,11 @@ def test_mutants_fail(old: str, new: str, objects: dict[str, Path], tmp_path: Pa
         linked[name] = tmp_path / f"{name}.o"
         cpu.compile(tmp_path / name, linked[name], QUICKLY)
     cpu.link(list(linked.values()), tmp_path / "cpu.so")
-    said = run_check(tmp_path / "cpu.so").stderr
+    said = check(tmp_path / "cpu.so", changed)
     assert "AssertionError" in said, f"not caught\n{said[-500:]}"
 
 
-def test_the_kernels_pass_when_compiled_quickly(objects: dict[str, Path], tmp_path: Path) -> None:
+def test_the_kernels_pass_when_compiled_quickly(objects: dict[str, Path], check: Checker, tmp_path: Path) -> None:
     """What mutants are linked with is not what is wrong with them."""
     cpu.link(list(objects.values()), tmp_path / "cpu.so")
-    done = run_check(tmp_path / "cpu.so")
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert check(tmp_path / "cpu.so") == "passed"

@@ -107,7 +107,7 @@ class WholeCaches(BudgetedCaches):
             tail = cache.store
             shape = (*tail.k.shape[:2], len(columns))
             where = place[:, None].expand(shape)
-            slots = {"k": tail.k[:, :, columns], "v": tail.v[:, :, columns], "pos": where, "a": torch.zeros(shape, device=pos.device)}
+            slots = {"k": tail.k[:, :, columns], "v": tail.v[:, :, columns], "pos": where}
             pages.add(cache.index, slots, where.clamp(min=0) % (most * PAGE))
             cache.drop(seen, due)
 

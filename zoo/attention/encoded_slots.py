@@ -31,7 +31,7 @@ class EncodedSlots:
     codes: list[Tensor]  # in the order of `Encoding.codes`
     tables: list[Tensor]
     pos: Tensor
-    a: Tensor
+    a: Tensor | None  # None: 0
     pages: Tensor
     owner: Tensor
     table: Tensor
@@ -57,8 +57,8 @@ class EncodedSlots:
 class Blocks:
     """Encoded pages, a block at a time: (owners (n,), codes, scores (n, R, T, PAGE))."""
 
-    def __init__(self, q: Tensor, q_pos: Tensor, pos: Tensor, a: Tensor, pages: Tensor, owner: Tensor, heads: int, window: int, name: str,
-                 stacked: bool, codes: Sequence[Tensor], tables: Sequence[Tensor]) -> None:  # fmt: skip
+    def __init__(self, q: Tensor, q_pos: Tensor, pos: Tensor, a: Tensor | None, pages: Tensor, owner: Tensor, heads: int, window: int,
+                 name: str, stacked: bool, codes: Sequence[Tensor], tables: Sequence[Tensor]) -> None:  # fmt: skip
         self.encoding, self.size = encoding_of(name), q.shape[-1]
         self.tables = dict(zip(self.encoding.shared, tables, strict=True))
         self.codes = dict(zip(self.encoding.codes(self.size, stacked), codes, strict=True))
@@ -77,12 +77,13 @@ class Blocks:
             seen = (pos >= 0) & (pos <= at)
             seen = seen & (pos > at - self.window) if self.window else seen
             score = self.encoding.scores(self.q[owner].flatten(1, 2), codes, self.tables, self.size).unflatten(1, self.shape[1:])
-            yield owner, codes, (score + self.a[page][:, None, None]).masked_fill(~seen, -torch.inf)
+            score = score if self.a is None else score + self.a[page][:, None, None]
+            yield owner, codes, score.masked_fill(~seen, -torch.inf)
 
 
 @torch.library.custom_op("zoo::encoded_parts", mutates_args=())
-def encoded_parts(q: Tensor, q_pos: Tensor, pos: Tensor, a: Tensor, pages: Tensor, owner: Tensor, heads: int, window: int, name: str,
-                  stacked: bool, codes: list[Tensor], tables: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def encoded_parts(q: Tensor, q_pos: Tensor, pos: Tensor, a: Tensor | None, pages: Tensor, owner: Tensor, heads: int, window: int,
+                  name: str, stacked: bool, codes: list[Tensor], tables: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """num (B G, R, T, D), its maxima and den (B G, R, T), of all pages. One operator, so that a compiled step has no loop."""
     blocks = Blocks(q, q_pos, pos, a, pages, owner, heads, window, name, stacked, codes, tables)
     top = blocks.q.new_full(blocks.shape, -torch.inf)
@@ -100,20 +101,21 @@ def encoded_parts(q: Tensor, q_pos: Tensor, pos: Tensor, a: Tensor, pages: Tenso
 
 
 @torch.library.custom_op("zoo::encoded_mass", mutates_args=())
-def encoded_mass(q: Tensor, q_pos: Tensor, top: Tensor, scale: Tensor, power: int, pos: Tensor, a: Tensor, pages: Tensor, owner: Tensor,
-                 heads: int, window: int, name: str, stacked: bool, codes: list[Tensor], tables: list[Tensor]) -> Tensor:  # fmt: skip
+def encoded_mass(q: Tensor, q_pos: Tensor, top: Tensor, scale: Tensor, power: int, pos: Tensor, a: Tensor | None, pages: Tensor,
+                 owner: Tensor, heads: int, window: int, name: str, stacked: bool, codes: list[Tensor],
+                 tables: list[Tensor]) -> Tensor:  # fmt: skip
     """(N, PAGE): exp(power (score - top)) scale, summed over queries; top, scale (B G, R, T)."""
     blocks = Blocks(q, q_pos, pos, a, pages, owner, heads, window, name, stacked, codes, tables)
     return torch.cat([((power * (x - top[who][..., None])).exp() * scale[who][..., None]).sum((1, 2)) for who, _, x in blocks])
 
 
 @encoded_parts.register_fake
-def _(q: Tensor, q_pos: Tensor, pos: Tensor, a: Tensor, pages: Tensor, owner: Tensor, heads: int, *_: Any) -> tuple[Tensor, ...]:
+def _(q: Tensor, q_pos: Tensor, pos: Tensor, a: Tensor | None, pages: Tensor, owner: Tensor, heads: int, *_: Any) -> tuple[Tensor, ...]:
     shape = (heads, q.shape[0] * q.shape[1] // heads, q.shape[2])
     num = q.new_empty(*shape, q.shape[3], dtype=torch.promote_types(q.dtype, torch.float32))
     return num, num.new_empty(shape), num.new_empty(shape)
 
 
 @encoded_mass.register_fake
-def _(q: Tensor, q_pos: Tensor, top: Tensor, scale: Tensor, power: int, pos: Tensor, a: Tensor, pages: Tensor, *_: Any) -> Tensor:
+def _(q: Tensor, q_pos: Tensor, top: Tensor, scale: Tensor, power: int, pos: Tensor, a: Tensor | None, pages: Tensor, *_: Any) -> Tensor:
     return top.new_empty(len(pages), PAGE)

@@ -143,6 +143,9 @@ class EncodedPages(Pages):
         self.codes, self.spelling = encoding.codes(size, stacked), str(encoding)
         self.first: list[list[int]] = []
         super().__init__(layers, batch, heads, size, dtype, device, extra)
+        if not stacked:  # every slot is a token, and weighs as one
+            del self.fields["a"]
+            self.register_buffer("a", None)
         self.OPEN = dict.fromkeys((*self.fields, *self.codes), 0)
         for name, t in encoding.tables(size).items():
             self.register_buffer(name, t.to(device))
@@ -190,7 +193,8 @@ class EncodedPages(Pages):
         else:
             k = self.encoding.keys(codes, self.tables, self.size, wide)
             v = self.encoding.answer(self.encoding.values(codes, self.tables, self.size, wide), self.tables)
-        return {"k": k.to(self.dtype).view(shape), "v": v.to(self.dtype).view(shape), **slots}
+        decoded = {"k": k.to(self.dtype).view(shape), "v": v.to(self.dtype).view(shape)}
+        return decoded | ({} if "a" in slots else {"a": torch.zeros_like(k[..., 0]).view(shape[:3])}) | slots
 
     def replace(self, layers: int | Sequence[int], slots: Mapping[str, Tensor]) -> None:
         layers = [layers] if isinstance(layers, int) else layers

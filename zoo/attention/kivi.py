@@ -9,8 +9,8 @@ stacked, a key may come into a page whose grid is made. It has a grid of its own
     scale is at least the median over channels here, as a page made of few keys knows nothing of later ones. Nothing is cut off as keys turn
     away with their positions, and a channel that is large in every key is no trouble for the others as long as it stays near its grid. One
     that turns far away takes the bits of its group: docs/methods/kivi.md has figures.
-cost: bits D / 8 bytes and 4 D / 32 for a key (stacked: 8 D / 32), bits D / 8 and 4 D / 32 for a value (D a multiple of 32), 8 beside it for
-position and log-weight.
+cost: bits D / 8 bytes and 4 D / 32 for a key (stacked: 8 D / 32), bits D / 8 and 4 D / 32 for a value (D a multiple of 32), 4 beside it for
+its position (stacked: 8, with a log-weight).
 alone: the newest `residual` tokens stay exact (the paper's keys: up to as many; its values: exactly as many). A prompt is read exactly.
 """
 

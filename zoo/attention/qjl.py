@@ -9,8 +9,9 @@ outliers: in each group of 32 tokens, the 8 channels of the largest norm have a 
 values: per token, 2 bits, as in kivi.py.
 exact when: residual >= tokens; otherwise scores are right on average, and their error falls with m (the exponential of a noisy score is
     larger than that of its mean, though). Not here: twice the bits in the first 15 layers, as the paper's experiments have.
-cost: 1.5 sketch D / 8 bytes + 4 for a key, 8 for the channels of 32 keys; 2 D / 8 + 4 D / 32 for a value; 8 beside it for position and
-log-weight; for all layers together 4 m (D + 4) bytes. A step multiplies S q with as many signs as there are keys.
+cost: 1.5 sketch D / 8 bytes + 4 for a key, 8 for the channels of 32 keys; 2 D / 8 + 4 D / 32 for a value; 4 beside it for its
+position (stacked: 8, with a log-weight); for all layers together 4 m (D + 4) bytes. A step multiplies S q with as many signs as there are
+keys.
 """
 
 from __future__ import annotations

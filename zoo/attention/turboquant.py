@@ -9,8 +9,9 @@ mode=mse: keys and values as above.  mode=prod: keys with one bit less, and of w
     An inner product is then right on average, at the price of more noise; values have mode mse, as a mean wants little noise and no bias.
 bits may be a fraction: at 3.5, half of the rotated coordinates have 4 bits, the others 3. (The paper gives the bits to channels that stand
     out, which it must find in the data, and has two rotations and two norms; here a rotation has made all alike.)
-exact when: residual >= tokens. cost: bits D / 8 bytes + 2 for a key (prod: + 4), bits D / 8 + 2 for a value, 8 beside it for position and
-log-weight; a rotation of each query and each answer, in place of one for each key; for all layers together 4 D^2 bytes (prod: 8 D^2).
+exact when: residual >= tokens. cost: bits D / 8 bytes + 2 for a key (prod: + 4), bits D / 8 + 2 for a value, 4 beside it for its
+position (stacked: 8, with a log-weight); a rotation of each query and each answer, in place of one for each key; for all layers together
+4 D^2 bytes (prod: 8 D^2).
 """
 
 from __future__ import annotations
