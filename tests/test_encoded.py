@@ -391,7 +391,7 @@ def test_blocks_add_up(lm: LM, ids: Tensor, one: str, queries: int, window: int 
 
 @pytest.mark.parametrize("one", [*ENCODINGS, "kivi:bits=2", "turboquant:bits=4"])
 def test_nothing_is_decoded_whole(lm: LM, ids: Tensor, one: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 2,000 tokens' codes, no tensor made in a decode step holds as much as a third of their keys: only the numbers of a block of rows."""
+    """Of 2,000 tokens' codes, no tensor made in a decode step holds as much as a third of their keys: those of a block."""
     largest = 0
 
     class Watch(TorchDispatchMode):
