@@ -269,12 +269,13 @@ def chromium() -> Iterator[Any]:
 
 
 @torch.no_grad()
-def feed(lm: LM, cache: Caches, ids: Tensor, prompt: int, chunk: int) -> Tensor:
-    """Logits (B, T, V) of all ids: the first `prompt` as a prompt, the rest as continuation, `chunk` tokens a call."""
+def feed(lm: LM, cache: Caches, ids: Tensor, prompt: int, chunk: int, inside: int | None = None) -> Tensor:
+    """Logits (B, T, V) of all ids: the first `prompt` as a prompt, the rest as continuation, `chunk` tokens a call; `inside` the prompt
+    another number."""
     out = []
     cache.begin_prompt([prompt] * len(ids))
-    for start, end in ((0, prompt), (prompt, ids.shape[1])):
-        out += [lm.model(ids[:, t : min(t + chunk, end)], cache) for t in range(start, end, chunk)]
+    for start, end, n in ((0, prompt, inside or chunk), (prompt, ids.shape[1], chunk)):
+        out += [lm.model(ids[:, t : min(t + n, end)], cache) for t in range(start, end, n)]
         if start == 0:
             cache.end_prompt()
     return torch.cat(out, 1)

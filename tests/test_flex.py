@@ -109,8 +109,7 @@ def test_a_growing_store_compiles_once() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compile", ["off", "on"])
-@pytest.mark.parametrize("attn", ["full", "sliding:window=40"])
+@pytest.mark.parametrize(("attn", "compile"), [("full", "off"), ("sliding:window=40", "on")])
 def test_generation(tmp_path: Path, attn: str, compile: str) -> None:
     """By itself, and inside a compiled step, of which it is a part: the eager path's logits."""
     folder, logits = str(write_llama(tmp_path / "m", head_dim=16, num_hidden_layers=2)), []

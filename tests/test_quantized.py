@@ -134,8 +134,9 @@ def test_weights_are_freed_one_by_one(tiny: Path, monkeypatch: pytest.MonkeyPatc
 
 @needs_torchao
 @pytest.mark.slow
-@pytest.mark.parametrize("head_dim", [8, 16])  # attention's kernels are made for heads of 16; linear layers' for both
-@pytest.mark.parametrize(("batch", "dtype"), [(1, "float32"), (2, "float32"), (2, "bfloat16")])
+@pytest.mark.parametrize(  # attention's kernels are made for heads of 16; linear layers' for both
+    ("batch", "dtype", "head_dim"), [(1, "float32", 8), (1, "float32", 16), (2, "float32", 8), (2, "bfloat16", 16)]
+)
 def test_compiled_int8_equals_eager(tmp_path: Path, batch: int, dtype: str, head_dim: int) -> None:
     """A single row is Inductor's, several go to the CPU kernel, inside the graph."""
     folder = str(write_checkpoint(tmp_path / "m", "llama", hidden_size=32, num_hidden_layers=2, head_dim=head_dim))
