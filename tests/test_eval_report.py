@@ -79,18 +79,39 @@ def test_ranks_only_at_equal_bytes(tmp_path: Path) -> None:
     assert standing["lone:budget=12%"] == "alone: nearest bytes +3\xa0%, a:budget=25%"
 
 
-@pytest.mark.parametrize(("other", "sizes"), [(1_030_000, [2]), (1_031_000, [1, 1])])
+@pytest.mark.parametrize(("other", "sizes"), [(1_030_000, [2, 2]), (1_031_000, [1, 1])])
 def test_three_per_cent(other: int, sizes: list[int]) -> None:
     cells = [{"protocol": "prefill", "bytes": {"final": n, "peak": 1}} for n in (other, 1_000_000)]
-    assert [len(group) for group in report.equal_bytes(cells)] == sizes
+    assert [len(report.equal_bytes(cell, cells)) for cell in cells] == sizes
 
 
-def test_no_two_of_a_group_are_farther_apart() -> None:
-    """A chain of steps of 2 % is no group."""
-    cells = [{"protocol": "prefill", "bytes": {"final": int(1e6 * 1.02**i), "peak": 1}} for i in range(7)]
-    groups = [[report.counted(cell) for cell in group] for group in report.equal_bytes(cells)]
-    assert [len(group) for group in groups] == [2, 2, 2, 1]
-    assert all(group[-1] <= 1.03 * group[0] for group in groups)
+def test_each_row_has_its_own_neighbours(tmp_path: Path) -> None:
+    """In a chain of steps of 2 % each is compared with the one before and the one after, with no other."""
+    rows = [row(f"m{n}", i, {"kl": HARD[i] + n / 10}, int(1e6 * 1.02**n)) for n in range(5) for i in range(8)]
+    cells = cells_of(folder(tmp_path / "run", rows))
+    assert [report.standing(cells[f"m{n}"]) for n in range(5)] == ["1 of 2", "2 of 3", "2 of 3", "2 of 3", "2 of 2"]
+
+
+def test_a_twin_is_no_competitor(tmp_path: Path) -> None:
+    """Two options may come to the same cache, as 12.5 % and 6.25 % of a short prompt: it is ranked once."""
+    rows = [row(attn, i, {"kl": HARD[i] + more}, 500_000) for i in range(8) for attn, more in (("a", 0.0), ("b", 0.1), ("c", 0.1))]
+    cells = cells_of(folder(tmp_path / "run", rows))
+    assert [report.standing(cells[attn]) for attn in "abc"] == ["1 of 2", "2 of 2", "the same cache as b"]
+    rows[-1]["scores"]["kl"] += 0.01
+    cells = cells_of(folder(tmp_path / "other", rows))
+    assert [report.standing(cells[attn]) for attn in "abc"] == ["1 of 3", "2 of 3", "3 of 3"]
+
+
+def test_allocated_bytes_are_shown_where_they_are_known(tmp_path: Path) -> None:
+    rows = methods()
+    for r in rows:
+        if r["attn"] != "full":
+            r["bytes"]["allocated"] = 3 * 2**20
+    cells = cells_of(folder(tmp_path / "run", rows))
+    table = report.table(tuple(cells["full"][name] for name in report.PLACE), list(cells.values()), None)
+    at = table.head.index("allocated")
+    assert {line[0]: line[at] for line in table.body} == dict.fromkeys((f"`{attn}`" for attn in cells), "3.0 MiB") | {"`full`": "-"}
+    assert "allocated" not in report.table(tuple(cells["full"][name] for name in report.PLACE), [cells["full"]], None).head
 
 
 def test_stream_counts_the_peak(tmp_path: Path) -> None:

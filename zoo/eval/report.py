@@ -3,8 +3,8 @@
 Rows of several folders are joined where they asked the same model the same prompts; other runs get a part of their own. A table is of one
 task, protocol, question and length; its rows are methods, paired by sample.
 
-    ranks   only among rows whose caches differ by at most 3 % in measured bytes: those at the end, with `stream` those at the peak. A row
-            that has nothing to be compared with gets none, and the reason
+    ranks   each row's among those whose bytes differ by at most 3 % from its own: those at the end, with `stream` those at the peak. A row
+            that has nothing to be compared with gets none, and the reason; so does one that is another's twin in every number
     ≈       not distinguishable: the 95 % bootstrap interval of the paired difference contains 0 (zoo/eval/stats.py). Intervals are of one
             comparison each: of twenty true ties, about one is called distinct, and more where scores are skewed
 """
@@ -127,15 +127,21 @@ def main_score(cell: Cell) -> str | None:
     return next((name for name in cell["scores"] if name in BETTER), None)
 
 
-def equal_bytes(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Cells in groups, smallest first, in each of which none has more than 1 + EQUAL times the bytes of another."""
-    groups: list[list[Cell]] = []
-    for cell in sorted(cells, key=counted):
-        if groups and counted(cell) <= (1 + EQUAL) * counted(groups[-1][0]):
-            groups[-1].append(cell)
-        else:
-            groups.append([cell])
-    return groups
+def equal_bytes(cell: Cell, cells: Sequence[Cell]) -> list[Cell]:
+    """Those whose bytes and this one's differ by at most 3 %, itself included."""
+    low, high = counted(cell) / (1 + EQUAL), counted(cell) * (1 + EQUAL)
+    return [other for other in cells if low <= counted(other) <= high]
+
+
+def twins(part: Part, cells: Sequence[Cell]) -> dict[str, str]:
+    """Methods -> an earlier one with the same bytes and the same scores on each sample: the same cache by another name."""
+    found: dict[str, str] = {}
+    first: dict[str, str] = {}
+    for cell in cells:
+        seen = str(sorted(str((stats.prompt_of(row), row["bytes"], row["scores"])) for row in part.of(cell)))
+        if first.setdefault(seen, cell["attn"]) != cell["attn"]:
+            found[cell["attn"]] = first[seen]
+    return found
 
 
 def places(cells: Sequence[Cell]) -> dict[tuple[Any, ...], list[Cell]]:
@@ -147,37 +153,40 @@ def places(cells: Sequence[Cell]) -> dict[tuple[Any, ...], list[Cell]]:
 
 
 def rank(part: Part) -> None:
-    """Each cell's `rank`: place and of (how many), tied (not distinguishable from the first), or the reason why there is none."""
+    """Each cell's `rank` among those of equal bytes: place and of (how many), tied (not distinguishable from the best of them), or the
+    reason why there is none."""
     for cells in places(part.cells).values():
-        for group in equal_bytes(cells):
-            ranked = [cell for cell in group if main_score(cell)]
-            if len(group) == 1:
-                others = sorted((c for c in cells if c is not group[0]), key=lambda c: abs(counted(c) - counted(group[0])))
-                group[0]["rank"] = {"reason": "alone" + (nearest(group[0], others[0]) if others else "")}
-            elif len(ranked) < len(group) or len({main_score(cell) for cell in group}) > 1:
-                for cell in group:
-                    cell["rank"] = {"reason": "no score in common"}
-            elif len(counts := {cell["scores"][main_score(cell)]["n"] for cell in group}) > 1:
-                for cell in group:
-                    cell["rank"] = {"reason": f"samples with a finite score differ: {', '.join(map(str, sorted(counts)))}"}
+        same = twins(part, cells)
+        others = [cell for cell in cells if cell["attn"] not in same]
+        for cell in cells:
+            group = equal_bytes(cell, others)
+            if cell["attn"] in same:
+                cell["rank"] = {"reason": f"the same cache as {same[cell['attn']]}"}
+            elif len(group) == 1:
+                far = sorted((c for c in others if c is not cell), key=lambda c: abs(counted(c) - counted(cell)))
+                cell["rank"] = {"reason": "alone" + (nearest(cell, far[0]) if far else "")}
+            elif len({main_score(c) for c in group}) > 1 or not main_score(cell):
+                cell["rank"] = {"reason": "no score in common"}
+            elif len(counts := {c["scores"][main_score(c)]["n"] for c in group}) > 1:
+                cell["rank"] = {"reason": f"samples with a finite score differ: {', '.join(map(str, sorted(counts)))}"}
             else:
-                settle(part, group)
+                cell["rank"] = standing_in(part, cell, group)
 
 
 def nearest(cell: Cell, other: Cell) -> str:
     return f": nearest bytes {100 * (counted(other) / max(counted(cell), 1) - 1):+.0f}\u00a0%, {other['attn']}"
 
 
-def settle(part: Part, group: list[Cell]) -> None:
-    score = main_score(group[0])
+def standing_in(part: Part, cell: Cell, group: list[Cell]) -> dict[str, Any]:
+    score = main_score(cell)
     assert score is not None
-    up = BETTER[score] == "higher"
-    group = sorted(group, key=lambda cell: cell["scores"][score]["mean"], reverse=up)
-    first = {stats.prompt_of(row): row for row in part.of(group[0])}
-    for cell in group:
-        place = 1 + [c["scores"][score]["mean"] for c in group].index(cell["scores"][score]["mean"])
-        apart = None if cell is group[0] else stats.difference(part.of(cell), first, score)
-        cell["rank"] = {"by": score, "place": place, "of": len(group), "tied": apart is not None and apart["distinct"] is not True}
+    means = sorted((c["scores"][score]["mean"] for c in group), reverse=BETTER[score] == "higher")
+    place = 1 + means.index(cell["scores"][score]["mean"])
+    best = next(c for c in group if c["scores"][score]["mean"] == means[0])
+    apart = None
+    if cell is not best:
+        apart = stats.difference(part.of(cell), {stats.prompt_of(row): row for row in part.of(best)}, score)
+    return {"by": score, "place": place, "of": len(group), "tied": apart is not None and apart["distinct"] is not True}
 
 
 # The report as blocks: headings, paragraphs, tables and plots, which become Markdown and HTML
@@ -217,7 +226,8 @@ def table(place: Sequence[Any], cells: Sequence[Cell], baseline: str | None) -> 
             found = [(get(cell, score).get("mean"), e["mean"]) for cell in cells if (e := get(cell, score).get(name))]
             if any(a != b for a, b in found):  # else full scores 0, and the difference is the score itself
                 more.append((score, name, f"{score} - {who}'s"))
-    head = ["method", "bytes at the end", "at the peak", "a token", "of full", "rank"]
+    known = any("allocated" in cell["bytes"] for cell in cells)
+    head = ["method", "bytes at the end", *(["allocated"] if known else []), "at the peak", "a token", "of full", "rank"]
     for score in scores:
         arrow = {"higher": " (more is better)", "lower": " (less is better)"}.get(BETTER.get(score, ""), "")
         head += [score + arrow] + [title for s, _, title in more if s == score]
@@ -227,7 +237,9 @@ def table(place: Sequence[Any], cells: Sequence[Cell], baseline: str | None) -> 
     for cell in sorted(cells, key=lambda c: (-counted(c), c["attn"])):
         size = cell["bytes"]
         share = size["peak_share" if cell["protocol"] == "stream" else "share"]
-        line = [f"`{cell['attn']}`", cli.mib(size["final"]), cli.mib(size["peak"]), f"{size['per_token']:,.0f}"]
+        line = [f"`{cell['attn']}`", cli.mib(size["final"])]
+        line += [cli.mib(size["allocated"]) if "allocated" in size else "-"] if known else []
+        line += [cli.mib(size["peak"]), f"{size['per_token']:,.0f}"]
         line += [f"{100 * share:.1f} %", standing(cell)]
         for score in scores:
             e = cell["scores"].get(score)
@@ -239,9 +251,10 @@ def table(place: Sequence[Any], cells: Sequence[Cell], baseline: str | None) -> 
 LEGEND = (
     "Means over samples with 95 % bootstrap intervals; differences are paired by sample. "
     f"`{SAME}`: not distinguishable, the interval of the paired difference contains 0, or there are too few samples for one; of a rank: "
-    "from the first of its group. Bytes are measured. What counts are those at the end, under `stream` those at the peak: `of full` is "
-    "their share of the full cache's, and ranks stand only between rows where they differ by at most 3 %. Intervals are of one comparison "
-    "each: of twenty true ties, about one is called distinct, and more where scores are skewed."
+    "from the best row of equal bytes. Bytes are those of rows and tables that hold something; `allocated`: of the storages as they are. "
+    "What counts are those at the end, under `stream` those at the peak: `of full` is their share of the full cache's, and a row's rank is "
+    "among those whose bytes differ from its own by at most 3 %. Intervals are of one comparison each: of twenty true ties, about one is "
+    "called distinct, and more where scores are skewed."
 )
 
 

@@ -100,6 +100,7 @@ class Prompt:
             run.ask(self.sample.question)
         seen = self.task.watch(run, self.sample)
         nbytes = {"peak": run.peak, "final": run.final(), "full": self.full_bytes(run.tokens), "tokens": run.tokens}
+        nbytes["allocated"] = run.cache.nbytes().allocated
         if not run.steps and self.forward is None:
             run.pace()
         step = statistics.median(run.steps) if run.steps else None

@@ -104,6 +104,8 @@ def summary(rows: Sequence[Row], baseline: str | None = None) -> list[dict[str, 
         nbytes = {name: sum(row["bytes"][name] for row in some) / len(some) for name in ("peak", "final", "full", "tokens")}
         cell["tokens"] = round(tokens, 1)
         cell["bytes"] = {name: round(nbytes[name]) for name in ("peak", "final", "full")}
+        if all("allocated" in row["bytes"] for row in some):  # older records have it not
+            cell["bytes"]["allocated"] = round(sum(row["bytes"]["allocated"] for row in some) / len(some))
         cell["bytes"]["per_token"] = round(nbytes["final"] / nbytes["tokens"], 1)
         cell["bytes"]["share"] = round(nbytes["final"] / nbytes["full"], 4)
         cell["bytes"]["peak_share"] = round(nbytes["peak"] / nbytes["full"], 4)
