@@ -39,11 +39,11 @@ def rows(capsys: pytest.CaptureFixture[str], *argv: str) -> list[dict[str, Any]]
 def test_decode_and_prefill_rows(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each method, context and batch has a row, with what it had to move or compute and what share of the machine's rate that is."""
     got = rows(
-        capsys, "decode", "prefill", "--model", str(tiny), "--attn", "full", "--attn", "subgen:budget=128", "--contexts", "8", "400",
-        "--batch", "1", "3", *SHORT,
+        capsys, "decode", "prefill", "--model", str(tiny), "--attn", "full", "--attn", "subgen:budget=128", "--attn", "kivi:residual=32",
+        "--attn", "h2o:budget=128+qjl", "--contexts", "8", "400", "--batch", "1", "3", *SHORT,
     )  # fmt: skip
     keys = [(r["task"], r["attn"], r["context"], r["batch"]) for r in got]
-    assert len(set(keys)) == len(keys) == 2 * 2 * 2 * 2
+    assert len(set(keys)) == len(keys) == 2 * 4 * 2 * 2
     weights = ours.weight_bytes(zoo.load(str(tiny), dtype="float32", compile="off").model)
     for r in got:
         if r["task"] == "decode":

@@ -155,7 +155,7 @@ def test_chunks_change_nothing(lm: LM, ids: Tensor, attn: str) -> None:
     expected = feed(lm, whole, ids[:1, :400], 231, 1000)
     for chunk in (1, 7, 64):
         parts = new(lm, attn)
-        inside = 1 if "when=stream" in attn else 7  # a prompt's first single tokens are nothing but appended in the other modes
+        inside = 7 if "when=prompt" in attn or "when=decode" in attn else 1  # where nothing but the prompt's end changes what is held
         assert (feed(lm, parts, ids[:1, :400], 231, chunk, max(chunk, inside)) - expected).abs().max() < CLOSE
         same_state(whole, parts)
     assert whole.tokens_seen.tolist() == [400]

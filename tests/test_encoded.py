@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import test_caches
 import torch
+from kernel_checks import well_behaved
 from test_caches import BUDGETED, WHEN, feed, lms, new, spell
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,12 +29,20 @@ from zoo.lm import LM
 ENCODINGS = ["kivi:bits=4", "turboquant:bits=3.5,mode=prod", "qjl"]
 ALONE = [spell(one, residual=64, when=when) for one in ENCODINGS for when in WHEN]
 EVERY = [f"{spell(attn, budget=160, when=when)}+{one}" for attn in BUDGETED for when in WHEN for one in ENCODINGS]
+BOTH = "balancekv:weights=both"
 # Every pair in one of the modes in which slots come and go.
 BINDING = [
-    f"{spell(attn, budget=160, when=WHEN[1 + (i + j) % 2])}+{one}" for i, attn in enumerate(BUDGETED) for j, one in enumerate(ENCODINGS)
+    f"{spell(attn, budget=160, when=WHEN[1 + (i + j) % 2])}+{one}"
+    for i, attn in enumerate([*BUDGETED, BOTH])
+    for j, one in enumerate(ENCODINGS)
+] + ["subgen:delta=4,when=stream+kivi:bits=4"]
+# Of every pair the whole contract in one mode; of subgen, whose sums are float32, see below and tests/test_stacked.py.
+WHOLE = ALONE + [
+    f"{spell(attn, budget=160, when=WHEN[(i + j) % 3])}+{one}"
+    for i, attn in enumerate([*BUDGETED, BOTH])
+    for j, one in enumerate(ENCODINGS)
+    if attn != "subgen"
 ]
-# Of each method the whole contract in one mode, with one encoding; of subgen, whose sums are float32, see below and tests/test_stacked.py.
-WHOLE = ALONE + [f"{spell(attn, budget=160, when=WHEN[i % 3])}+{ENCODINGS[i // 3 % 3]}" for i, attn in enumerate(BUDGETED) if i > 0]
 OFF = {"kivi:bits=4": (0.1, 0.1), "turboquant:bits=3.5,mode=prod": (0.25, 0.17), "qjl": (0.5, 0.5)}  # at most, of keys and values, relative
 FINE = ["kivi:bits=8", "turboquant:bits=8", "turboquant:bits=8,mode=prod"]  # so many bits that little is left to see
 __all__ = ["lms"]
@@ -389,9 +398,21 @@ def test_blocks_add_up(lm: LM, ids: Tensor, one: str, queries: int, window: int 
             assert (listed[:, :, : there.shape[2]] - slot_mass(q, at, dense, want, weight, power))[there].abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("attn", ["kivi:residual=64,when=prompt", "qjl:residual=64,when=prompt", "h2o:budget=160,when=prompt+kivi"])
+def test_operators_are_well_behaved(lm: LM, ids: Tensor, attn: str) -> None:
+    cache = new(lm, attn)
+    lm.prefill(ids[:1, :300], cache)
+    layer: Any = cache[0]
+    settled, q = layer.read_settled(), torch.randn(1, lm.config.num_attention_heads, 2, 32)
+    pos, top = torch.tensor([[298, 299]]), torch.zeros(2, lm.config.num_attention_heads // 2, 2)
+    well_behaved(torch.ops.zoo.encoded_parts.default, q, pos, *settled.arguments())
+    well_behaved(torch.ops.zoo.encoded_mass.default, q, pos, top, torch.ones_like(top), 1, *settled.arguments())
+
+
 @pytest.mark.parametrize("one", [*ENCODINGS, "kivi:bits=2", "turboquant:bits=4"])
 def test_nothing_is_decoded_whole(lm: LM, ids: Tensor, one: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 2,000 tokens' codes, no tensor made in a decode step holds as much as a third of their keys: those of a block."""
+    """With blocks of 256 rows, no tensor made in a decode step behind 2,000 tokens holds more than a block's numbers; here a third of the
+    keys."""
     largest = 0
 
     class Watch(TorchDispatchMode):

@@ -15,13 +15,13 @@ from conftest import CORPUS
 
 import zoo
 from zoo.errors import ZooError
-from zoo.eval.tasks import TASKS, Material, lines, niah, passkey
+from zoo.eval.tasks import TASKS, Material, lines, niah
 from zoo.eval.tasks.data import parse
 from zoo.eval.tasks.task import AFTER, Draft, largest, tokens
 
 TEXT = "".join(f"Chapter {i}. {CORPUS}" for i in range(12))
 PROMPTS = [name for name in TASKS if name != "data"]
-FILLER = passkey.FILLER
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,10 @@ def test_lines_at_depths(material: Material, depth: str, place: int | None) -> N
 def test_passkey_is_the_published_one(material: Material) -> None:
     s = TASKS["passkey"]().sample(material, "depth=0.25", 1000, 0)
     task, before, key, after, question = material.tokenizer.decode(s.context + s.question).split("\n")
-    assert task == passkey.TASK
+    assert task == (
+        "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you about the important "
+        "information there."
+    )
     assert key == f"The pass key is {s.expected}. Remember it. {s.expected} is the pass key."
     assert question == "What is the pass key? The pass key is"
     endless = " ".join([FILLER] * 100)
@@ -172,7 +175,7 @@ def test_depths(material: Material) -> None:
 
 def test_needle_stands_between_sentences(material: Material) -> None:
     text = whole(material, "needle", "depth=0.5", 1500)
-    at = text.index("The best thing to do in San Francisco is eat")
+    at = text.index("The best thing to do in San Francisco is eat a sandwich and sit in Dolores Park on a sunny day.")
     assert text[at - 2] in ".!?"
     assert text.startswith("This is a very long story book: <book> ")
     assert text.endswith(" </book>.\nBased on the content of the book, Question: The best thing to do in San Francisco is: \nAnswer:")
@@ -209,7 +212,10 @@ def test_common_words(material: Material, length: int, often: int, seldom: int, 
     pytest.importorskip("wonderwords")
     s = TASKS["cwe"]().sample(material, "", length, 0)
     text = material.tokenizer.decode(s.context)
-    _, example, own = text.split("Memorize the ones that appear most often.\n")
+    empty, example, own = text.split(
+        "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear most often.\n"
+    )
+    assert not empty
     for part, counts in ((example.split("\nQuestion")[0], shown), (own, (often, seldom))):
         words = [w.split(" ", 1)[1] for w in part.replace(". ", ".\0 ").split("\0") if " " in w]
         words = [w.rsplit(" ", 1)[0] if w.rsplit(" ", 1)[-1].rstrip(".").isdigit() else w for w in words]
@@ -227,13 +233,18 @@ def test_frequent_words(material: Material) -> None:
     """Counts fall as 1/k^2, noise first."""
     s = TASKS["fwe"]().sample(material, "", 4000, 0)
     text = material.tokenizer.decode(s.context)
-    words = text.split("coded words. ")[1].split()
+    head = "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared coded words. "
+    assert text.startswith(head)
+    words = text.removeprefix(head).split()
     counts = sorted(((words.count(w), w) for w in set(words)), reverse=True)
     assert counts[0][1] == "..."
     assert [w for _, w in counts[1:4]] == s.expected
     for k, (n, _) in enumerate(counts[:4], 1):
         assert n == pytest.approx(counts[0][0] / k**2, abs=1)
-    assert material.tokenizer.decode(s.question).startswith("\nQuestion: Do not provide any explanation. Please ignore the dots '....'.")
+    assert material.tokenizer.decode(s.question) == (
+        "\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently appeared words in "
+        "the above coded text? Answer: According to the coded text above, the three most frequently appeared words are:"
+    )
 
 
 def test_passages_are_of_the_text_and_apart(material: Material) -> None:

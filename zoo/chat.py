@@ -92,7 +92,7 @@ def command(line: str, talk: Conversation, figures: dict[str, Any] | None) -> No
         print(f"attention is {talk.lm.attn}", file=sys.stderr)
     elif name == "/attn":
         talk.lm.attn = parse(rest.strip())
-        cli.tell(talk.lm)
+        cli.tell([talk.lm.attn], talk.lm.config)
         talk.forget()
         print(f"attention is {talk.lm.attn}; the conversation is read again", file=sys.stderr)
     else:

@@ -6,13 +6,14 @@ import argparse
 import os
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from zoo.attention.backends import NAMES
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
+    from zoo.attention import Attention
     from zoo.lm import LM
 
 
@@ -72,13 +73,13 @@ def load(args: argparse.Namespace) -> LM:
         backend=args.backend,
         weights=args.weights,
     )
-    tell(lm)
+    tell([lm.attn], lm.config)
     return lm
 
 
-def tell(lm: LM) -> None:
-    """What must be known of the method that was chosen, on standard error."""
-    if note := lm.attn.note(lm.config):
+def tell(methods: Sequence[Attention], config: Any) -> None:
+    """What must be known of methods that were chosen, on standard error."""
+    for note in dict.fromkeys(note for method in methods if (note := method.note(config))):
         print(f"note: {note}", file=sys.stderr)
 
 

@@ -56,6 +56,7 @@ class Step:
         self.description = description
         self.weights: list[tuple[Any, ...]] = []  # what they were like when the step was compiled
         self.dtype: torch.dtype | None = None
+        self.told = False
 
     def eager(self, ids: Tensor, pos: Tensor, cache: Caches, choice: Choice | None = None) -> Tensor:
         """ids, pos (B, 1) -> logits (B, V) float32; with a choice, the next tokens (B,) instead."""
@@ -77,7 +78,7 @@ class Step:
         """One step. `to_come`: how many tokens are expected to follow, for `auto`."""
         kind = None if choice is None else choice.sampler.kind
         new = kind not in self.marked.get(cache, ()) or next(self.model.parameters()).dtype != self.dtype
-        if new and not (self.wanted(cache, to_come, kind) and alike(cache) and self.prepare()):
+        if new and not (self.wanted(cache, to_come, kind) and self.fits(cache) and self.prepare()):
             self.ran["eager"] += 1
             return self.eager(ids, pos, cache, choice)
         assert self.compiled is not None
@@ -98,6 +99,15 @@ class Step:
                 pass  # only the choice of `auto` depends on it
         self.ran["compiled"] += 1
         return out
+
+    def fits(self, cache: Caches) -> bool:
+        """Whether layers are alike. Where compiling was asked for and they are not, that is said once."""
+        if alike(cache):
+            return True
+        if self.mode == "on" and not self.told:
+            log.warning("the layers of this cache differ, which one compiled step cannot serve; decoding runs eagerly")
+            self.told = True
+        return False
 
     def prepare(self) -> bool:
         """Make the compiled function, unless a tool is missing: then one line, and eager from here on."""

@@ -255,10 +255,20 @@ class EncodedPages(Pages):
             written = ~fixed[:, None] if self.codes[name].shared else (come >= 0)[..., None]
             self.get_buffer(name)[page] = torch.where(written, codes, old[name])
 
-    def used(self, layer: int) -> int:
-        per_row = sum(size * dtype.itemsize for size, dtype, shared in self.codes.values() if not shared)
-        per_page = sum(size * dtype.itemsize for size, dtype, shared in self.codes.values() if shared)
+    def held_rows(self, layer: int) -> tuple[int, int]:
+        """Rows of a layer that hold something, and pages with such rows."""
         held = [self.head("pos", layer, head).view(-1, PAGE) >= 0 for head in range(len(self.count[layer]))]
-        rows, pages = sum(int(t.sum()) for t in held), sum(int(t.any(-1).sum()) for t in held)
+        return sum(int(t.sum()) for t in held), sum(int(t.any(-1).sum()) for t in held)
+
+    def coded_bytes(self, layer: int) -> int:
+        """Of a layer's codes."""
+        rows, pages = self.held_rows(layer)
+        return sum((pages if shared else rows) * size * dtype.itemsize for size, dtype, shared in self.codes.values())
+
+    def read_bytes(self, layer: int) -> int:
+        """What a query reads of a layer: codes, positions and log-weights."""
+        return self.coded_bytes(layer) + self.held_rows(layer)[0] * (4 if self.a is None else 8)
+
+    def used(self, layer: int) -> int:
         tables = 0 if layer else sum(t.nbytes for t in self.tables.values())  # one copy for all layers
-        return super().used(layer) + rows * per_row + pages * per_page + tables
+        return super().used(layer) + self.coded_bytes(layer) + tables

@@ -165,6 +165,7 @@ def cases_of(task: str, args: Any, lms: dict[str | None, Any], peers: dict[str, 
 def main(argv: list[str] | None = None) -> None:
     """Raises ZooError for what the user can mend."""
     from zoo import hub
+    from zoo.attention import parse
     from zoo.bench import machine, peers, report
 
     args = arguments(argv)
@@ -173,6 +174,8 @@ def main(argv: list[str] | None = None) -> None:
     before = machine.rates(dtype)
     timed = {"decode", "prefill"} & set(args.tasks)
     lms = {w: models(args, w) for w in args.weights} if timed else {}
+    if lms:
+        cli.tell([parse(attn) for attn in args.attn], next(iter(lms.values())).config)
     longest = max(args.contexts) + args.steps + 8
     others = [peers.load(what, hub.find(args.model), dtype, args.threads, longest) for what in args.peer] if timed else []
     named = {name: peer for some in others for name, peer in some.items()}

@@ -48,9 +48,14 @@ def arguments(argv: list[str] | None) -> Any:
     p.add_argument("--text", type=Path, metavar="FILE", help="a long text; without it, the reference that comes with Python")
     p.add_argument("--data", type=Path, metavar="FILE.jsonl", help="your own questions, a line each: context, input, answers")
     p.add_argument("--niah", default="single,multikey,multivalue,multiquery", metavar="A,B", help="variants of the task niah")
-    p.add_argument("--depths", metavar="A,B", help="where needles stand, in %% of the context: 0,25,50,75,100; anywhere unless given")
+    p.add_argument(
+        "--depths",
+        metavar="A,B",
+        help="where a needle stands (passkey, lines, needle, niah's single), in %% of the context; anywhere unless given",
+    )
     p.add_argument("--baseline", metavar="METHOD", help="one of --attn: report differences to it, too")
     p.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where results go; an interrupted run is continued")
+    p.add_argument("--json", action="store_true", help="print the cells of summary.json as one last line, in place of a line each")
     args = p.parse_args(argv)
     args.attn = args.attn or ["full", "subgen"]
     args.tasks, args.protocols, args.question = (split(getattr(args, name), name) for name in ("tasks", "protocols", "question"))
@@ -99,6 +104,9 @@ def validate(args: Any) -> None:
         raise ZooError(f"--samples {args.samples} must be at least 1")
     if len(set(args.attn)) < len(args.attn):
         raise ZooError("--attn: a method is given twice")
+    placed = {"passkey", "lines", "needle"} | ({"niah"} if "single" in args.niah else set())
+    if args.depths and not placed & set(args.tasks):
+        raise ZooError("--depths is for the tasks passkey, lines and needle, and niah's variant single; add one of them, or leave it out")
     if "data" in args.tasks and not args.data:
         raise ZooError("--tasks data needs --data FILE.jsonl")
     for attn in args.attn:
@@ -149,6 +157,7 @@ def config(args: Any, argv: list[str], lm: Any, files: dict[str, str]) -> dict[s
         "model": {"dtype": str(lm.dtype).removeprefix("torch."), "backend": lm.backend, **dataclasses.asdict(lm.config)},
         "versions": versions,
         "commit": commit(Path(zoo.__file__).parent),
+        "sources": sources(),
         "seed": args.seed,
         "machine": machine,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -168,6 +177,18 @@ def cpu() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def sources() -> str:
+    """A hash of the code that runs: two changes to one commit, or to none, are two codes."""
+    import zoo
+    from zoo.kernels import cpu
+
+    found = hashlib.sha256()
+    for folder in (Path(zoo.__file__).parent, Path(cpu.__file__).parent):
+        for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".cpp", ".h")):
+            found.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return found.hexdigest()[:16]
 
 
 def commit(folder: Path) -> str | None:
@@ -210,12 +231,14 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from zoo.eval import run
+    from zoo.eval.protocols import method_of
     from zoo.eval.records import Records
     from zoo.eval.tasks import TASKS
 
     args = arguments(argv)
     lm = cli.load(argparse.Namespace(**{**vars(args), "attn": "full"}))
     args.threads = torch.get_num_threads()  # another number rounds otherwise: such a run is not continued
+    cli.tell([method_of(attn, protocol, min(args.lengths)) for attn in args.attn for protocol in args.protocols], lm.config)
     given = material(args, lm.tokenizer)
     tasks = {name if name != "data" else f"data:{args.data.stem}": TASKS[name]() for name in args.tasks}
     plan = run.Plan(tasks, args.attn, args.protocols, args.question, args.lengths, args.samples, args.seed)
@@ -234,13 +257,13 @@ def main(argv: list[str] | None = None) -> None:
             print(f"no report of them could be made: {second}", file=sys.stderr)
         raise
     else:
-        finish(args.out, records.rows, args.baseline)
+        finish(args.out, records.rows, args.baseline, args.json)
     finally:
         progress.close()
         records.close()
 
 
-def finish(folder: Path, rows: Sequence[dict[str, Any]], baseline: str | None) -> None:
+def finish(folder: Path, rows: Sequence[dict[str, Any]], baseline: str | None, as_json: bool = False) -> None:
     """summary.json, the report where it can be made, and the means on standard output."""
     from zoo.eval import records, stats
 
@@ -254,6 +277,9 @@ def finish(folder: Path, rows: Sequence[dict[str, Any]], baseline: str | None) -
         report = None
     if report is not None:
         report.write(folder)
+    if as_json:
+        print(json.dumps({"out": str(folder), "cells": cells}))
+        return
     for cell in cells:
         where = " ".join(str(cell[name]) for name in ("task", "group", "protocol", "question", "length") if cell[name])
         means = ", ".join(f"{name} {score['mean']:.4g}" for name, score in cell["scores"].items())

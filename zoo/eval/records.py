@@ -21,7 +21,7 @@ from zoo.eval.stats import rounded
 
 Row = dict[str, Any]
 KEY = ("task", "variant", "attn", "protocol", "question", "length", "sample", "seed")
-FREE = ("out", "baseline")  # arguments that may differ when a run is continued
+FREE = ("out", "baseline", "json")  # arguments that may differ when a run is continued
 
 
 def key_of(row: Row) -> tuple[Any, ...]:
@@ -76,7 +76,7 @@ class Records:
         """Raises ZooError unless the folder was made by these arguments, this model, and this code."""
         try:
             found = json.loads(path.read_text())
-            code = {"model": "the model's config", "versions": "versions", "commit": "commit"}
+            code = {"model": "the model's config", "versions": "versions", "commit": "commit", "sources": "the code's hash"}
             theirs, mine = ({**c["arguments"], **{called: c[name] for name, called in code.items()}} for c in (found, config))
         except (ValueError, KeyError, TypeError):
             raise ZooError(f"{path} is damaged; choose another --out, or move it away") from None
