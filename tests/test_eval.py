@@ -284,7 +284,7 @@ def test_every_task_runs(tiny: Path, text: Path, tmp_path: Path, task: str) -> N
     if task in ("lines", "niah", "cwe"):
         pytest.importorskip("wonderwords")
     argv = ["--attn", "full", "sinks:budget=25%", "--tasks", task, "--lengths", "1400", "--samples", "1", "--protocols", "prefill,stream"]
-    more = ["--niah", "multivalue", "--depths", "50"]
+    more = ["--niah", "multivalue", *(["--depths", "50"] if task in ("lines", "needle") else [])]
     assert evaluate(tiny, text, tmp_path / "out", *argv, *more) == 0
     got = rows(tmp_path / "out")
     assert [(r["attn"], r["protocol"]) for r in got] == [(a, p) for p in ("prefill", "stream") for a in ("full", "sinks:budget=25%")]
@@ -570,6 +570,7 @@ BAD: list[tuple[list[str], str]] = [
     (["--samples", "0"], "must be at least 1"),
     (["--samples", "few"], "invalid int value"),
     (["--depths", "150"], "write 0 to 100"),
+    (["--depths", "50", "--tasks", "kl,niah", "--niah", "multikey"], "is for the tasks passkey, lines and needle"),
     (["--niah", "triple", "--tasks", "niah"], "'triple' is unknown"),
     (["--baseline", "h2o"], "not one of --attn"),
     (["--text", "/nowhere"], "cannot read /nowhere"),
@@ -594,6 +595,31 @@ def test_bad_options_are_one_line(
         status = int(e.code or 0)
     fails(capsys, status, says)
     assert not (tmp_path / "out").exists()
+
+
+def test_json_is_one_last_line(tiny: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(tiny, text, tmp_path / "out", "--lengths", "300", "--samples", "2", "--attn", "full", "sinks:budget=128", "--json") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    said = json.loads(line)
+    assert said == {"out": str(tmp_path / "out"), "cells": json.loads((tmp_path / "out/summary.json").read_text())["cells"]}
+    assert len(said["cells"]) == 2
+
+
+def test_the_code_is_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A change of a file of the package, or of a kernel, is another code, committed or not."""
+    from zoo.kernels import cpu
+
+    found = [command.sources()]
+    assert found == [command.sources()]
+    for module, file, change in ((zoo, "lm.py", "# changed"), (cpu, "linear.cpp", "// changed")):
+        here = tmp_path / module.__name__
+        shutil.copytree(Path(module.__file__).parent, here)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "__file__", str(here / Path(module.__file__).name))
+            assert command.sources() == found[0]
+            (here / file).write_text((here / file).read_text() + change)
+            found.append(command.sources())
+    assert len(set(found)) == 3
 
 
 def test_a_folder_is_needed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -288,13 +288,16 @@ def test_logarithmic_only_where_it_helps(tmp_path: Path) -> None:
 def test_heat_map_is_by_depth_and_length(tmp_path: Path) -> None:
     parts, _ = report.join([folder(tmp_path / "run", several())], None)
     cells = [cell for cell in parts[0].cells if cell["task"] == "needle"]
-    score, grid = plots.grids(parts[0], cells)
-    assert score == "right"
+    grid = plots.grids(parts[0], cells, "right")
     assert grid["a:budget=25%"] == {(d, n): pytest.approx(v) for n in (1024, 2048) for d, v in ((0.0, 1.0), (0.5, 1.0), (1.0, 1 / 3))}
     assert set(grid["full"].values()) == {1.0}
-    text = plots.heat(score, grid, "right")
+    text = plots.heat("right", grid, "right")
     assert text.count(">0.33<") == 4  # a at 25 % and b, two lengths each; coordinates are rounded, words are not
-    assert plots.grids(parts[0], [cell for cell in parts[0].cells if cell["task"] == "kl"])[1] == {}
+    assert plots.grids(parts[0], [cell for cell in parts[0].cells if cell["task"] == "kl"], "kl") == {}
+    (tmp_path / "page").mkdir()
+    report.write(tmp_path / "page", [tmp_path / "run"])
+    page = (tmp_path / "page/report.html").read_text()
+    assert page.count("right by depth and length") == page.count("logprob by depth and length") > 0
 
 
 def test_errors_of_heads(tmp_path: Path) -> None:
@@ -388,7 +391,7 @@ def test_page_needs_nothing_else(tmp_path: Path) -> None:
     assert all(link.startswith("data:") or link[1:] in page.ids for link in page.links)
     assert "<b>" not in text
     assert "&lt;b&gt;&amp;odd" in text
-    assert text.count("<figure>") == text.count("<svg role=") == 11
+    assert text.count("<figure>") == text.count("<svg role=") == 12
     for title in ("kl against the cache's bytes", "kl against length", "right by depth and length", "bytes at the end against tokens"):
         assert title in unescape(text)
     assert "milliseconds a token against length, prefill" in text

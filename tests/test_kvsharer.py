@@ -40,6 +40,18 @@ def lm(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LM:
     return lm
 
 
+def test_compiling_is_refused_in_one_line(lm: LM, ids: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    """Layers differ: where compiling was asked for, that is said, once; `auto` says nothing."""
+    for mode, lines in (("auto", 0), ("on", 1)):
+        lm.step.mode = mode
+        cache = lm.new_cache()
+        lm.prefill(ids[:1, :5], cache)
+        for _ in range(3):
+            lm.decode_step(ids[0, :1], cache)
+        assert caplog.text.count("decoding runs eagerly") == lines
+    assert lm.step.ran == {"compiled": 0, "eager": 6}
+
+
 @pytest.fixture(scope="module")
 def ids() -> Tensor:
     return torch.randint(0, 300, (2, 300), generator=torch.Generator().manual_seed(5))

@@ -18,7 +18,9 @@ from zoo.adapt import Adaptation, Plan
 from zoo.attention import parse
 from zoo.attention.pod import Pod, PodCache, group, load_groups
 from zoo.attention.tables import save_table, table_path
+from zoo.bench import __main__ as bench
 from zoo.errors import ZooError
+from zoo.eval import __main__ as evaluation
 from zoo.lm import LM
 
 CLOSE = 1e-4
@@ -271,6 +273,13 @@ def test_notes(lm: LM, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note")]
         assert len(notes) == bool(says)
         assert not says or notes[0].startswith(says)
+    more = ["--model", str(folder), "--dtype", "float32", "--compile", "off"]
+    (tmp_path / "text").write_text("All happy families are alike. " * 100)
+    argv = ["--lengths", "150", "--samples", "1", "--text", str(tmp_path / "text"), "--out", str(tmp_path / "out")]
+    evaluation.main([*more, "--attn", "full", "pod:recent=40", *argv])
+    assert capsys.readouterr().err.count("note: pod is training-free here") == 1
+    bench.main(["prefill", *more, "--attn", "full", "--attn", "pod", "--contexts", "8", "--repeats", "1", "--steps", "1"])
+    assert capsys.readouterr().err.count("note: pod is training-free here") == 1
     chat.command("/attn pod", chat.Conversation(lm, None, 5, {}), None)
     assert "training-free" in capsys.readouterr().err
 
@@ -539,6 +548,10 @@ def test_adapt_writes_a_checkpoint(
     assert found["kl_after"] == pytest.approx(said["after"], rel=0.05)
     assert 0 < found["kl_full"] != pytest.approx(found["kl_after"], rel=0.05)
     assert f"original {found['kl_before']:.3f}, adapted {found['kl_after']:.3f}" in err
+    assert "held out" not in err
+    command[command.index("--passages") + 1] = "3"
+    assert cli.run(calibrate.main, [*command, "--against", str(tmp_path / "out")]) == 0
+    assert "of these 384 tokens the last 256 were held out" in capsys.readouterr().err
     assert cli.run(calibrate.main, [*command, "--against", str(folder)]) == 2
     assert "pod.json" in capsys.readouterr().err
 

@@ -217,7 +217,15 @@ def run(args: Any, text: str) -> dict[str, Any]:
         print(f"{method}: KL from full {before:.3f} nats on {len(held_out)} held-out passages of {tokens} tokens", file=sys.stderr)
     work.train(train, Plan(args.minutes, args.steps, tokens, args.lr), folder)
     after = work.held_out(held_out)
-    about = {"before": before, "after": after, "steps": work.step, "tokens": tokens, "attn": str(method), "groups": groups.tolist()}
+    about = {
+        "before": before,
+        "after": after,
+        "steps": work.step,
+        "tokens": tokens,
+        "held_out": tokens * len(held_out),
+        "attn": str(method),
+        "groups": groups.tolist(),
+    }
     write(lm, source, out, teacher.dtype, about)
     shutil.rmtree(folder, ignore_errors=True)
     print(f"{method}: KL {before:.3f} before, {after:.3f} after {work.step} steps", file=sys.stderr)

@@ -106,6 +106,13 @@ def compare(lm: Any, passages: Passages, args: Any) -> dict[str, Any]:
     method, size = Pod(args.first, args.recent), len(passages[0])
     check(method, size, lm.config.sliding_window)
     adapted = zoo.load(args.against, dtype=args.dtype, compile="off")
+    held_out = (own_table("pod", adapted.config) or {}).get("held_out", 0)
+    if size * len(passages) > held_out:
+        print(
+            f"of these {size * len(passages)} tokens the last {held_out} were held out in training; the others were trained on, if this is "
+            f"the same text",
+            file=sys.stderr,
+        )
     found: dict[str, Any] = against(lm, adapted, method, passages)
     print(
         f"{method}, the last {len(passages)} passages of {size} tokens, KL from the original with full: original {found['kl_before']:.3f}, "

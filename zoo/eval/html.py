@@ -52,11 +52,10 @@ def drawn(part: Part, pictures: dict[str, str], number: str) -> Iterator[str]:
                 pictures[f"frontier{number}-{file}.svg"] = svg
             if len({cell["length"] for cell in cells}) > 1:
                 found.append(figure(f"{name}: {score} against length", plots.curves, cells, names, score))
+            if grid := plots.grids(part, cells, score):
+                found.append(figure(f"{name}: {score} by depth and length", plots.heat, score, grid))
             yield from found if score == first else folded(f"{name}: {score}", found)
-        score, grid = plots.grids(part, cells)
-        if grid:
-            yield figure(f"{name}: {score} by depth and length", plots.heat, score, grid)
-        title = f"{name}: {score} of each layer and head"
+        title = f"{name}: {first} of each layer and head"
         if svg := plots.heads(part, cells, title):
             yield framed(title, svg)
     yield from costs(part, names)

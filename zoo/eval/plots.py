@@ -271,16 +271,15 @@ def depth(variant: str) -> float | None:
     return None if found is None else float(found[1])
 
 
-def grids(part: Part, cells: Sequence[Cell]) -> tuple[str, dict[str, dict[tuple[float, int], float]]]:
-    """Of cells that differ in method and length only: the score, and method -> (depth, length) -> its mean. Empty where no depths are."""
-    score = next((main_score(cell) for cell in cells if main_score(cell)), None) or ""
+def grids(part: Part, cells: Sequence[Cell], score: str) -> dict[str, dict[tuple[float, int], float]]:
+    """Of cells that differ in method and length only: method -> (depth, length) -> the mean of a score. Empty where no depths are."""
     found: dict[str, dict[tuple[float, int], list[float]]] = {}
     for cell in cells:
         for row in part.of(cell):
             at, value = depth(row["variant"]), row["scores"].get(score)
             if at is not None and value is not None:
                 found.setdefault(cell["attn"], {}).setdefault((at, cell["length"]), []).append(value)
-    return score, {attn: {at: sum(v) / len(v) for at, v in grid.items()} for attn, grid in found.items()}
+    return {attn: {at: sum(v) / len(v) for at, v in grid.items()} for attn, grid in found.items()}
 
 
 def luminance(rgb: Sequence[float]) -> float:

@@ -9,6 +9,7 @@ prompt's end, and the query tokens up to itself exactly. What a slot gets is its
 |given - exact| / |exact|, of one query head, before the output projection.
 
 Which tokens a cluster of `subgen` holds is recorded while it is made. All other methods here keep tokens, so that a slot is its position.
+(Of `subgen_paper` and trees these are samples: a token that is not among them is called dropped, though it is counted in another's weight.)
 The page needs nothing but itself: arrays are deflated inside it. Rounded there: probabilities to 3 %, those below 4e-7 are 0; weights of
 slots to 1/8; errors to 1e-4.
 """
