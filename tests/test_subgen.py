@@ -629,7 +629,8 @@ print(rss, cache.nbytes().allocated)
 def test_memory_falls_by_the_packed_bytes(tmp_path: Path) -> None:
     """Resident memory after a prompt of 8,192 tokens, batch 4, against `full`: the difference is what nbytes says, to 15 %, with heads of
     different lengths. Freed memory goes back to the system here, so that the difference is the caches'."""
-    folder = write_llama(tmp_path / "m", num_hidden_layers=2, hidden_size=64, head_dim=64, max_position_embeddings=16384)
+    shape = {"num_hidden_layers": 4, "num_attention_heads": 2, "hidden_size": 64, "head_dim": 64, "max_position_embeddings": 16384}
+    folder = write_llama(tmp_path / "m", **shape)
     seen = {}
     for attn in ("full", "subgen:budget=1024"):
         command = [sys.executable, "-c", RSS, str(folder), attn, "8192"]
