@@ -7,8 +7,8 @@ others (BalanceKV, arXiv 2502.07861, NeurIPS 2025; its published practical form)
       c: the first token at which one sign has n/2 tokens. Up to c those of the other sign stay, with w = 2; behind c all, with w = 1
     after t halvings   out(q) = sum w e^(s q.k) v / sum 2^t e^(s q.k)        w: the product of a token's weights
 a slot: a token between the first 32 and the last 32, at its true position, with a = b = t log 2 and its value times w / 2^t: the same sums
-with one log-weight, and exact, as powers of 2 are in every dtype. First and recent tokens (`sinks`, `window`; no more than half of the
-settled slots and a quarter of the budget; what whole pages leave over goes to recent ones) have a = b = 0.
+with one log-weight, and exact in bfloat16 and float32, where a power of 2 rounds nothing. First and recent tokens (`sinks`, `window`; no
+more than half of the settled slots and a quarter of the budget; what whole pages leave over goes to recent ones) have a = b = 0.
 
 The paper halves everything T times. A budget is seldom a power of 2: here everything is halved while too many are left, and in the last
 round as many of the oldest as must go. Of N tokens in `room` slots, some then stand for 2^t and the others for 2^(t-1), with

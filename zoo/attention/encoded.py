@@ -1,6 +1,6 @@
 """An encoding alone: every token is kept, the newest exactly, the others as codes.
 
-    tail      the newest `residual` tokens and up to 31 more, exact, and the pending ones
+    tail      the newest `residual` tokens and up to 31 more, exact, and up to 32 pending ones
     settled   everything older, encoded in groups of 32 tokens, in the order of their positions: pages that nothing ever leaves
 
 `when` is that of methods with a budget (budgeted.py): `prompt` encodes at a prompt's end only, `decode` every 64 tokens from there on,

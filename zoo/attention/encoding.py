@@ -12,14 +12,14 @@ What is encoded, and when:
       members (`subgen` with when=decode or stream), from its decoded mean and theirs, anew each time. For that `again` decodes at the
       length that was kept, so that no length grows or shrinks with the number of times, and encoding the same slot again gives (nearly)
       the same code. However often a cluster has merged, the error stays near that of one encoding, in lengths of a token; a mean that many
-      members made short may be off by more of its own. docs/methods/README.md has figures, tests/test_encoded_means.py holds them.
+      members made short may be off by more of its own: docs/methods/README.md has figures, tests/test_encoded_means.py bounds.
     - What a page's rows share is found when the page is empty, and stays until it is empty again: a slot that comes into a row that
       another left takes it as it is, and keeps beside it what it needs to be right all the same (kivi.py).
     - One exception: where a new prompt is compressed and a head then owns fewer pages, what lay in the others is encoded anew.
 
 Reading (encoded_slots.py) decodes a block of pages at a time, at most `ROWS` rows, and adds the blocks up by log-sum-exp: no step has a
-decoded copy of what is held. Alone, nothing ever has. Between steps a stacked method looks at its slots decoded (`Pages.read`), as many
-layers at once as it works on; where a later prompt is compressed, all of them, beside that prompt's exact tokens.
+decoded copy of what is held. Alone, nothing ever has. Between steps a stacked method looks at its slots decoded (`Pages.read`), a
+layer at a time; where a later prompt is compressed, all of them, beside that prompt's exact tokens.
 """
 
 from __future__ import annotations
