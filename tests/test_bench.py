@@ -285,10 +285,11 @@ def test_startup_and_load_are_of_what_was_asked_for(
 
 
 @pytest.mark.slow
-def test_startup(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_startup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Three ways to start, each a process of its own, with the time of its first token."""
-    got = rows(capsys, "startup", "--model", str(tiny), "--attn", "full", "--dtype", "float32", "--repeats", "1", "--new-tokens", "5")
+    one_layer = str(write_llama(tmp_path / "m", num_hidden_layers=1))
+    got = rows(capsys, "startup", "--model", one_layer, "--attn", "full", "--dtype", "float32", "--repeats", "1", "--new-tokens", "5")
     assert [r["who"] for r in got] == ["zoo, compile=auto", "zoo, compile=off", "zoo, compile=on"]
     assert all(0 < r["first_token_seconds"] <= r["seconds"] for r in got)
     with pytest.raises(ZooError, match="ended with code 2"):
-        ours.startup("nonsense", "off", 5, ["--model", str(tiny)], dict).run()
+        ours.startup("nonsense", "off", 5, ["--model", one_layer], dict).run()
