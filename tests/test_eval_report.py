@@ -75,8 +75,8 @@ def test_ranks_only_at_equal_bytes(tmp_path: Path) -> None:
     assert standing["a:budget=25%"] == "1 of 3"
     assert standing["c:budget=25%"] == "2 of 3 ≈"  # its difference to the first has an interval that contains 0
     assert standing["b:budget=25%"] == "3 of 3"  # a hundredth of what prompts differ by, but on each of them
-    assert standing["full"] == "alone: nearest bytes -74\xa0%, b:budget=25%"
-    assert standing["lone:budget=12%"] == "alone: nearest bytes +3\xa0%, a:budget=25%"
+    assert standing["full"] == "alone: nearest bytes -74.2\xa0%, b:budget=25%"
+    assert standing["lone:budget=12%"] == "alone: nearest bytes +3.3\xa0%, a:budget=25%"
 
 
 @pytest.mark.parametrize(("other", "sizes"), [(1_030_000, [2, 2]), (1_031_000, [1, 1])])

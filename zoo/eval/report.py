@@ -174,7 +174,7 @@ def rank(part: Part) -> None:
 
 
 def nearest(cell: Cell, other: Cell) -> str:
-    return f": nearest bytes {100 * (counted(other) / max(counted(cell), 1) - 1):+.0f}\u00a0%, {other['attn']}"
+    return f": nearest bytes {100 * (counted(other) / max(counted(cell), 1) - 1):+.1f}\u00a0%, {other['attn']}"
 
 
 def standing_in(part: Part, cell: Cell, group: list[Cell]) -> dict[str, Any]:
@@ -254,7 +254,7 @@ LEGEND = (
     "from the best row of equal bytes. Bytes are those of rows and tables that hold something; `allocated`: of the storages as they are. "
     "What counts are those at the end, under `stream` those at the peak: `of full` is their share of the full cache's, and a row's rank is "
     "among those whose bytes differ from its own by at most 3 %. Intervals are of one comparison each: of twenty true ties, about one is "
-    "called distinct, and more where scores are skewed."
+    "called distinct, and more where scores are skewed or there are fewer than five samples."
 )
 
 
