@@ -285,6 +285,16 @@ def test_logarithmic_only_where_it_helps(tmp_path: Path) -> None:
     assert [cell["attn"] for cell in kl if cell not in plots.with_score(kl, "kl", True)] == ["full", "full"]
 
 
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [((5, 17, 34, 100), [6.25, 12.5, 25, 50, 100]), ((51.2, 66), [52, 56, 60, 64]), ((99.9, 100.0), [99.9, 99.925, 99.95])],
+)
+def test_every_axis_has_numbers(values: tuple[float, ...], ticks: list[float]) -> None:
+    found = plots.shares(values)
+    assert found[: len(ticks)] == pytest.approx(ticks)
+    assert all(min(values) <= t <= max(values) for t in found)
+
+
 def test_heat_map_is_by_depth_and_length(tmp_path: Path) -> None:
     parts, _ = report.join([folder(tmp_path / "run", several())], None)
     cells = [cell for cell in parts[0].cells if cell["task"] == "needle"]

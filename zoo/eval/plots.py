@@ -20,7 +20,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from zoo.attention import split
 from zoo.eval import stats
@@ -162,6 +162,13 @@ def ticks(axis: Any, values: Sequence[float], name: Callable[[float], str]) -> N
     axis.set_minor_locator(NullLocator())
 
 
+def shares(values: Sequence[float]) -> list[float]:
+    """Ticks of percentages: halves of halves, or round numbers where fewer than two of those lie among the values."""
+    low, high = min(values), max(values)
+    halves = [t for t in (3.125, 6.25, 12.5, 25, 50, 100) if low <= t <= high]
+    return halves if len(halves) > 1 else [float(t) for t in MaxNLocator(4).tick_values(low, high) if low <= t <= high]
+
+
 def short(tokens: float) -> str:
     return f"{tokens / 1024:g}k" if tokens >= 1024 else f"{tokens:g}"
 
@@ -212,12 +219,11 @@ def frontier(cells: Sequence[Cell], names: Sequence[str], score: str, title: str
         share = lambda cell: 100 * counted(cell) / cell["bytes"]["full"]  # noqa: E731
         draw(axes, {name: points([c for c in here if family(c["attn"]) == name], score, share) for name in families(here)}, names)
         axes.set_xscale("log")
-        ticks(axes.xaxis, [3.125, 6.25, 12.5, 25, 50, 100], lambda value: f"{value:g}%")
+        ticks(axes.xaxis, shares(list(map(share, here))), lambda value: f"{value:g}%")
         scale(axes, log)
 
-    return panels(
-        [f"{n:,} tokens" for n in lengths], each, names, families(cells), title, "bytes of the cache, of the full one's", meant(score)
-    )
+    across = "bytes of the cache, of the full one's (logarithmic)"
+    return panels([f"{n:,} tokens" for n in lengths], each, names, families(cells), title, across, meant(score))
 
 
 def by_budget(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
