@@ -35,7 +35,7 @@ BINDING = [
     f"{spell(attn, budget=160, when=WHEN[1 + (i + j) % 2])}+{one}"
     for i, attn in enumerate([*BUDGETED, BOTH])
     for j, one in enumerate(ENCODINGS)
-] + ["subgen:delta=4,when=stream+kivi:bits=4"]
+]
 # Of every pair the whole contract in one mode; of subgen, whose sums are float32, see below and tests/test_stacked.py.
 WHOLE = ALONE + [
     f"{spell(attn, budget=160, when=WHEN[(i + j) % 3])}+{one}"
@@ -165,6 +165,21 @@ def test_many_bits_are_nearly_exact(lm: LM, ids: Tensor, one: str, when: str) ->
         plain = feed(lm, new(lm, attn or "full"), ids[:1, :400], 231, 64)
         off = rms(feed(lm, new(lm, stacked), ids[:1, :400], 231, 64)[:, 231:] - plain[:, 231:])
         assert 1e-6 < off < 0.1 * rms(plain - lm.logits(ids[:1, :400]) if attn else plain), attn
+
+
+def test_pages_grow_where_there_is_no_budget(lm: LM, ids: Tensor) -> None:
+    """subgen by delta takes as many pages as it needs: every token stays counted, in more and more pages of codes."""
+    cache, pages, slots = new(lm, "subgen:delta=4,when=stream+kivi:bits=8"), [], []
+    for n in range(0, 800, 100):
+        feed(lm, cache, ids[:1, n : n + 100], 100, 64) if n == 0 else lm.model(ids[:1, n : n + 100], cache)
+        held = cache[1].slots()
+        assert held.a is not None
+        assert (held.a.exp() * (held.pos >= 0)).sum(-1).round().tolist() == [[n + 100] * 2]
+        pages.append(int(pages_of(cache).share.sum()))
+        slots.append(int((held.pos >= 0).sum()))
+    assert pages == sorted(pages)
+    assert 0 == pages[0] < pages[-1]
+    assert slots[-1] < 2 * 800
 
 
 @pytest.mark.parametrize("one", ENCODINGS)
