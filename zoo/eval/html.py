@@ -66,15 +66,21 @@ def costs(part: Part, names: Sequence[str]) -> Iterator[str]:
     for protocol in dict.fromkeys(cell["protocol"] for cell in part.cells):
         some = [cells for place, cells in plots.alike(part.cells).items() if protocol in place]
         what = "at the most" if protocol == "stream" else "at the end"
-        yield figure(f"{protocol}: the cache's bytes {what} against tokens", plots.bytes_used, widest(some), names)
+        chosen = widest(some)
+        yield figure(f"{named(chosen)}: the cache's bytes {what} against tokens", plots.bytes_used, chosen, names)
         for which in ("prefill", "decode"):
             timed = [cells for cells in some if any(cell["rate"][which] for cell in cells)]
             if timed:
-                yield figure(f"{protocol}: milliseconds a token against length, {which}", plots.times, widest(timed), names, which)
+                chosen = widest(timed)
+                yield figure(f"{named(chosen)}: milliseconds a token against length, {which}", plots.times, chosen, names, which)
 
 
 def widest(some: Sequence[Sequence[Cell]]) -> Sequence[Cell]:
     return max(some, key=lambda cells: (len({cell["length"] for cell in cells}), len(cells)))
+
+
+def named(cells: Sequence[Cell]) -> str:
+    return f"{cells[0]['task']}, {cells[0]['protocol']}"
 
 
 def figure(caption: str, plot: Callable[..., str], *args: Any) -> str:
