@@ -106,8 +106,8 @@ def compare(lm: Any, passages: Passages, args: Any) -> dict[str, Any]:
     method, size = Pod(args.first, args.recent), len(passages[0])
     check(method, size, lm.config.sliding_window)
     adapted = zoo.load(args.against, dtype=args.dtype, compile="off")
-    held_out = (own_table("pod", adapted.config) or {}).get("held_out", 0)
-    if size * len(passages) > held_out:
+    held_out = (own_table("pod", adapted.config) or {}).get("held_out")
+    if held_out is not None and size * len(passages) > held_out:
         print(
             f"of these {size * len(passages)} tokens the last {held_out} were held out in training; the others were trained on, if this is "
             f"the same text",

@@ -99,8 +99,8 @@ class Prompt:
         if question == "unseen":
             run.ask(self.sample.question)
         seen = self.task.watch(run, self.sample)
-        nbytes = {"peak": run.peak, "final": run.final(), "full": self.full_bytes(run.tokens), "tokens": run.tokens}
-        nbytes["allocated"] = run.cache.nbytes().allocated
+        size, full = run.cache.nbytes(), self.full_bytes(run.tokens)
+        nbytes = {"peak": run.peak, "final": size.used, "full": full, "tokens": run.tokens, "allocated": size.allocated}
         if not run.steps and self.forward is None:
             run.pace()
         step = statistics.median(run.steps) if run.steps else None
