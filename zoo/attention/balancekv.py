@@ -40,7 +40,6 @@ from zoo.attention.balancekv_tree import TreeCache, TreeCaches
 from zoo.attention.budgeted import Budgeted, BudgetedCaches, names
 from zoo.attention.cache import Caches
 from zoo.attention.clustering import row
-from zoo.attention.encoding import EncodedPages
 from zoo.attention.slots import PAGE
 from zoo.attention.store import Pages
 from zoo.attention.tail import BudgetedCache, Make
@@ -203,7 +202,5 @@ class BalanceKVCaches(BudgetedCaches):
     def groups(self) -> Iterator[Sequence[BalanceKVCache]]:
         pages, tail = self.pages[0], int((self[0].store.pos >= 0).sum(-1).max())
         rows = tail + PAGE * max(max(count) for count in pages.count)
-        most = max(1, AT_ONCE // (self.batch * pages.share.shape[2] * max(rows, 1)))
-        most = 1 if isinstance(pages, EncodedPages) else most  # codes are decoded for it
-        layers = list(self)
+        most, layers = self.together(rows, AT_ONCE), list(self)
         yield from (layers[i : i + most] for i in range(0, len(layers), most))

@@ -208,6 +208,12 @@ class BudgetedCaches(Caches):
         """The layers, in groups that are worked on at once."""
         return ([cache] for cache in self)  # one at a time, unless a method can do more
 
+    def together(self, rows: int, most: int) -> int:
+        """How many layers of so many rows a head may be worked on at once, for at most `most` rows in all; codes are decoded a layer at a
+        time."""
+        heads = self.pages[0].share[0].numel()
+        return 1 if self.method.encoding is not None else max(1, most // (heads * max(rows, 1)))
+
     def made(self, layers: Sequence[BudgetedCache], which: Tensor, share: Tensor) -> dict[str, Tensor]:
         """A group's settled slots made anew, for the sequences that `which` (B,) names, to fit into share (L, B, G) pages."""
         room = share[[cache.index for cache in layers]].flatten(0, 1) * PAGE

@@ -40,7 +40,6 @@ from zoo.attention.backends import clustering
 from zoo.attention.budgeted import QUARTER, SINKS, Budgeted, BudgetedCaches, names
 from zoo.attention.cache import Caches
 from zoo.attention.clustering import cover, principal, radii
-from zoo.attention.encoding import EncodedPages
 from zoo.attention.queries import RANK, Queries
 from zoo.attention.shares import HIGH, fill, one_delta
 from zoo.attention.slots import PAGE, Slots
@@ -304,8 +303,7 @@ class SubGenCaches(BudgetedCaches):
         layers = sorted(self, key=lambda cache: max(pages.count[cache.index]))  # all are padded to the longest head of a group
         while layers:
             longest = rows + PAGE * max(pages.count[layers[-1].index])
-            most = max(1, AT_ONCE // (self.batch * pages.share.shape[2] * max(longest, 1)))
-            most = 1 if isinstance(pages, EncodedPages) else most  # codes are decoded for it
+            most = self.together(longest, AT_ONCE)
             yield layers[-most:]
             del layers[-most:]
 
