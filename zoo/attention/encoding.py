@@ -255,19 +255,13 @@ class EncodedPages(Pages):
             written = ~fixed[:, None] if self.codes[name].shared else (come >= 0)[..., None]
             self.get_buffer(name)[page] = torch.where(written, codes, old[name])
 
-    def held_rows(self, layer: int) -> tuple[int, int]:
-        """Rows of a layer that hold something, and pages with such rows."""
-        held = [self.head("pos", layer, head).view(-1, PAGE) >= 0 for head in range(len(self.count[layer]))]
-        return sum(int(t.sum()) for t in held), sum(int(t.any(-1).sum()) for t in held)
-
     def coded_bytes(self, layer: int) -> int:
         """Of a layer's codes."""
         rows, pages = self.held_rows(layer)
         return sum((pages if shared else rows) * size * dtype.itemsize for size, dtype, shared in self.codes.values())
 
     def read_bytes(self, layer: int) -> int:
-        """What a query reads of a layer: codes, positions and log-weights."""
-        return self.coded_bytes(layer) + self.held_rows(layer)[0] * (4 if self.a is None else 8)
+        return super().read_bytes(layer) + self.coded_bytes(layer)
 
     def used(self, layer: int) -> int:
         tables = 0 if layer else sum(t.nbytes for t in self.tables.values())  # one copy for all layers

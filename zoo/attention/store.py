@@ -259,8 +259,20 @@ class Pages(nn.Module):
         for layer, slots in enumerate(old):
             self.replace(layer, {name: t.repeat_interleave(batch, 0) for name, t in slots.items()})
 
+    def held_rows(self, layer: int) -> tuple[int, int]:
+        """Rows of a layer that hold something, and pages with such rows."""
+        held = [self.head("pos", layer, head).view(-1, PAGE) >= 0 for head in range(len(self.count[layer]))]
+        return sum(int(t.sum()) for t in held), sum(int(t.any(-1).sum()) for t in held)
+
+    def bytes_of(self, layer: int, names: Collection[str]) -> int:
+        """Of these fields, in a layer's rows that hold something."""
+        fields = (self.fields[name] for name in names if name in self.fields)
+        return self.held_rows(layer)[0] * sum(max(size, 1) * dtype.itemsize for size, dtype in fields)
+
+    def read_bytes(self, layer: int) -> int:
+        """What a query reads of a layer."""
+        return self.bytes_of(layer, ("k", "v", "a", "pos"))
+
     def used(self, layer: int) -> int:
         """Bytes of a layer's rows that hold something, all that is kept beside them included."""
-        per_row = sum(max(size, 1) * dtype.itemsize for size, dtype in self.fields.values())
-        held = sum(int((self.head("pos", layer, head) >= 0).sum()) for head in range(len(self.count[layer])))
-        return per_row * held + self.share[layer].nbytes
+        return self.bytes_of(layer, self.fields) + self.share[layer].nbytes

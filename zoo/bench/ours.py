@@ -21,7 +21,6 @@ from torch import Tensor
 
 import zoo
 from zoo.attention import parse
-from zoo.attention.encoding import EncodedPages
 from zoo.errors import ZooError
 from zoo.sampling import Choice, Sampler
 
@@ -54,12 +53,12 @@ def read_bytes(cache: Any) -> int:
     one, the log-weight. What a method keeps beside slots, to work on them between steps, is not among them."""
     total = 0
     for layer in cache:
-        if isinstance(pages := getattr(layer, "pages", None), EncodedPages):
-            tail = int((layer.store.pos >= 0).sum())
-            total += pages.read_bytes(layer.index) + tail * (2 * layer.store.k[0, :, 0].nbytes + 4)
+        s, pages = layer.store, getattr(layer, "pages", None)
+        if pages is not None:  # beside them a tail, of which heads share positions
+            total += pages.read_bytes(layer.index) + int((s.pos >= 0).sum()) * (2 * s.k[0, :, 0].nbytes + 4)
             continue
-        held, s = int((layer.slots().pos >= 0).sum()), layer.store
-        small = 8 if hasattr(layer, "pages") or s.a is not None else 4 / (s.k.shape[1] // s.pos.shape[1])  # heads may share positions
+        held = int((layer.slots().pos >= 0).sum())
+        small = 8 if s.a is not None else 4 / (s.k.shape[1] // s.pos.shape[1])  # heads may share positions
         total += int(held * (2 * s.k.shape[3] * s.k.element_size() + small))
     return total
 
